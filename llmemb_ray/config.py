@@ -1,0 +1,227 @@
+"""Every setting, once: its type, default, help text and the place in the command's help where it stands.
+
+Invariant: this module is the one place that refuses a setting by itself. Command line, YAML file and Python
+calls all end in these models; the command line's options are made from their fields. It imports no torch,
+no ray, no transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmemb_ray.errors import ConfigError
+from llmemb_ray.representation.cleaning import Cleaning
+from llmemb_ray.representation.representation import Pooling, Representation, Role, preset
+from llmemb_ray.representation.templates import Demonstration
+from llmemb_ray.storage import Access, redact
+
+SECRET_WORDS = ("key", "secret", "token", "password", "credential", "sas", "signature")
+
+
+def setting(default: Any, help: str, *, panel: str, **extra: Any) -> Any:
+    """A field with its help text and the panel of the command's help it belongs to."""
+    return Field(default, description=help, json_schema_extra={"panel": panel, **extra})
+
+
+class Settings(BaseModel):
+    """Base: frozen, unknown names refused, errors as ConfigError in the user's words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @classmethod
+    def make(cls, values: dict[str, Any]) -> Self:
+        """Checks ``values``. Raises ConfigError naming each bad setting."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = []
+            for problem in error.errors():
+                name = ".".join(str(part) for part in problem["loc"]) or "settings"
+                if problem["type"] == "extra_forbidden":
+                    lines.append(f"{name}: there is no such setting")
+                elif problem["type"] == "missing":
+                    lines.append(f"{name}: must be given")
+                else:
+                    lines.append(f"{name}: {problem['msg'].removeprefix('Value error, ')}")
+            raise ConfigError("; ".join(lines)) from None
+
+
+class StorageSettings(Settings):
+    endpoint_url: str | None = setting(None, "Endpoint of an S3-compatible store; else AWS_ENDPOINT_URL.", panel="Storage")
+    storage_options: dict[str, Any] = setting({}, "Options for fsspec's file system, as --set storage_options.NAME=VALUE. Never recorded.", panel="Storage")
+    storage_retry_seconds: float = setting(300.0, "How long a storage operation is retried before it fails.", panel="Storage", gt=0)
+
+    @property
+    def access(self) -> Access:
+        return Access(endpoint_url=self.endpoint_url, options=dict(self.storage_options), retry_seconds=self.storage_retry_seconds)
+
+
+class ModelSettings(StorageSettings):
+    """A model and how it represents a text."""
+
+    model: str = setting(..., "Hub id, local directory or URL (s3://…) of a decoder-only model.", panel="Model")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub model; resolved to a commit once.", panel="Model")
+    adapter: str | None = setting(None, "PEFT adapter: hub id, directory or URL.", panel="Model")
+    backend: Literal["auto", "hf"] = setting("auto", "Engine: hf is transformers.", panel="Model")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Precision of the model; auto is bfloat16 on CUDA, else float32.", panel="Model")
+    quantization: Literal["none", "nf4", "llm.int8"] = setting("none", "Weights in 4 bits (nf4) or 8 bits (llm.int8), through bitsandbytes.", panel="Model")
+    token_budget: int | None = setting(None, "Tokens in one forward pass; found while working if not given.", panel="Model", ge=1)
+    trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
+    allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Model")
+
+    representation: str | None = setting(None, "File llmemb.json, or a directory with one; options given beside it win.", panel="Representation")
+    prompt: str = setting("prompteol", "prompteol, prompteol-icl, e5, none, or a template with {text}.", panel="Representation")
+    demo: list[str] = setting([], "Demonstration 'sentence=>Word' for prompteol-icl; repeatable.", panel="Representation")
+    instruction: str | None = setting(None, "Task instruction for prompt e5; applies to the role embedded.", panel="Representation")
+    clean: Cleaning = setting("none", "Text preparation; senteval is that of paper 1's evaluation.", panel="Representation")
+    pooling: Pooling = setting("last", "Which states make the vector.", panel="Representation")
+    layer: int = setting(-1, "Hidden layer; -1 is the state after the final norm.", panel="Representation")
+    normalize: bool = setting(True, "Divide vectors by their L2 norm.", panel="Representation")
+    dimensions: int | None = setting(None, "Keep the first N dimensions.", panel="Representation", ge=1)
+    max_tokens: int | None = setting(None, "Longest prompt in tokens; the text of a longer one is cut. Default: the model's positions, at most 4096.", panel="Representation", ge=1)
+    append_eos: bool | None = setting(None, "End prompts with the EOS token; default: for prompt e5.", panel="Representation")
+    role: Role = setting("document", "Role in which texts are embedded.", panel="Representation")
+
+    _PROMPT_FIELDS: ClassVar[frozenset[str]] = frozenset({"prompt", "demo", "instruction", "clean"})
+    _OTHER_FIELDS: ClassVar[tuple[str, ...]] = ("pooling", "layer", "normalize", "dimensions", "max_tokens")
+
+    def build_representation(self) -> Representation:
+        """The representation that these settings describe. Raises ConfigError."""
+        given = self.model_fields_set
+        values: dict[str, Any] = {}
+        if self.representation is not None:
+            base = Representation.load(self.representation)
+            values = {name: getattr(base, name) for name in Representation.__dataclass_fields__}
+        if self.representation is None or given & self._PROMPT_FIELDS:
+            demonstrations = tuple(Demonstration.parse(demo) for demo in self.demo)
+            values["document"], values["query"], values["append_eos"] = preset(
+                self.prompt, demonstrations=demonstrations, instruction=self.instruction, role=self.role, clean=self.clean
+            )
+        for name in self._OTHER_FIELDS:
+            if self.representation is None or name in given:
+                values[name] = getattr(self, name)
+        if self.append_eos is not None:
+            values["append_eos"] = self.append_eos
+        return Representation(**values)
+
+
+class EmbedSettings(ModelSettings):
+    """The embedding job."""
+
+    input: list[str] = setting(..., "Parquet file, directory or glob; local or URL; several of them.", panel="Corpus", argument=True)
+    output: str = setting(..., "Directory or URL prefix of the run.", panel="Corpus", argument=True)
+    text_column: str = setting("text", "Column of the text (a.b for a nested one), or a template such as '{title} {text}'.", panel="Corpus")
+    id_column: str | None = setting(None, "Column of the id; default: 'id' where there is one.", panel="Corpus")
+    keep_columns: list[str] = setting([], "Columns copied into the shards, separated by commas.", panel="Corpus", commas=True)
+    filter: str | None = setting(None, "SQL condition on the columns; other rows are left out (needs duckdb).", panel="Corpus")
+    limit_rows: int | None = setting(None, "Only the first N rows of the corpus.", panel="Corpus", ge=1)
+    skip_bad_files: bool = setting(False, "Leave out files that cannot be read, and name them in the receipt.", panel="Corpus")
+
+    dtype: Literal["float32", "float16"] = setting("float32", "Precision of the vectors written.", panel="Output")
+    overwrite: bool = setting(False, "Delete the run that stands in OUTPUT first.", panel="Output")
+    max_reject_rate: float = setting(0.01, "Largest share of rejected rows for exit code 0.", panel="Output", ge=0, le=1)
+    reject_floor: int = setting(10, "So many rejected rows never fail a run, however small it is.", panel="Output", ge=0)
+    rows_per_unit: int | None = setting(None, "Rows in a unit; default: about a minute of one actor, at most 128 MB.", panel="Output", ge=1)
+
+    actors: str = setting("auto", "Actors that hold a model: N, MIN:MAX, auto (all GPUs, or a few per CPU node), or 0 for this process without Ray.", panel="Cluster")
+    gpus_per_actor: float | None = setting(None, "GPUs of an actor; default 1 where the cluster has GPUs, else 0.", panel="Cluster", ge=0)
+    cpus_per_actor: float | None = setting(None, "CPU cores of an actor; default: most of a CPU node, at most 8.", panel="Cluster", gt=0)
+    max_attempts: int = setting(3, "Attempts at a unit whose actor dies before it is halved to find the row at fault.", panel="Cluster", ge=1)
+    ray_address: str | None = setting(None, "Ray cluster; default: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster")
+    window_units: int = setting(4000, "Units in one Ray Data execution; bounds what the driver holds.", panel="Cluster", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        parse_actors(self.actors)
+        if not self.input:
+            raise ValueError("input: no file, directory or glob given")
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as they may stand in a plan: without storage options, URLs redacted."""
+        data = self.model_dump(mode="json", exclude={"storage_options"})
+        data["input"] = [redact(url) for url in self.input]
+        for name in ("output", "endpoint_url", "model", "adapter", "ray_address"):
+            if data[name]:
+                data[name] = redact(data[name])
+        return data
+
+
+class SearchSettings(StorageSettings):
+    """Exact search over the shards of a run."""
+
+    run: str = setting(..., "Directory or URL prefix of a run.", panel="Search", argument=True)
+    text: list[str] = setting(..., "Query texts.", panel="Search", argument=True)
+    top_k: int = setting(5, "Results for each query.", panel="Search", ge=1)
+
+
+class VerifySettings(StorageSettings):
+    """The check of a run from its files alone."""
+
+    run: str = setting(..., "Directory or URL prefix of a run.", panel="Check", argument=True)
+    level: Literal["quick", "sample", "full"] = setting("full", "quick: names, sizes and counts; sample: also the contents of some units; full: all contents.", panel="Check", flags=True)
+    against: list[str] = setting([], "Compare with the corpus itself: its files, rows and ids.", panel="Check")
+    allow_duplicate_ids: bool = setting(False, "Report ids that stand in several rows without failing.", panel="Check")
+
+
+def parse_actors(text: str) -> tuple[int, int] | None:
+    """``(least, most)`` of ``N`` or ``MIN:MAX``; None for ``auto``. Raises ValueError."""
+    if text == "auto":
+        return None
+    try:
+        low, _, high = text.partition(":")
+        least, most = int(low), int(high or low)
+    except ValueError:
+        raise ValueError(f"actors: {text!r} is none of auto, 0, N, MIN:MAX") from None
+    if least < 0 or most < least or (most > 0 and least == 0):
+        raise ValueError(f"actors: {text!r} must be 0, N or MIN:MAX with 1 ≤ MIN ≤ MAX")
+    return least, most
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Settings from a YAML file. Raises ConfigError."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {path}: holds no mapping of settings to values")
+    return {str(key).replace("-", "_"): value for key, value in data.items()}
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """``values`` with ``dotted.key=value`` assignments applied, values read as YAML. Raises ConfigError."""
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"set {name}: write it as dotted.key=value")
+        *parents, last = name.replace("-", "_").split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"set {name}: {parent} is not a mapping")
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"set {name}: its value is not YAML") from error
+    return values
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """A copy of a setting's value fit for printing: whatever looks like a secret by its name is hidden."""
+    if isinstance(value, dict):
+        return {key: masked(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [masked(item, name) for item in value]
+    if isinstance(value, str):
+        return "***" if any(word in name.lower() for word in SECRET_WORDS) and name != "max_tokens" else redact(value)
+    return value

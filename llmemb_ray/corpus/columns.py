@@ -1,0 +1,185 @@
+"""Which columns a job takes from a corpus, and texts out of columns of any kind.
+
+Invariant: every row yields a text or the reason why it has none; a bad value never raises.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmemb_ray.corpus.files import BadFile
+from llmemb_ray.errors import ConfigError
+
+RESERVED = ("source_file", "source_row", "embedding", "n_tokens", "truncated", "chunk", "chunk_start", "chunk_end", "reason", "detail", "token_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The columns of a job.
+
+    text: a column (``a.b`` for a field of a struct) or a template such as ``'{title} {text}'``.
+    """
+
+    text: str
+    id: str | None = None
+    keep: tuple[str, ...] = ()
+    filter: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.keep:
+            if name in RESERVED or name == "id":
+                raise ConfigError(f"keep_columns: {name!r} is a name that the shards use themselves; leave it out")
+        if not self.text_columns:
+            raise ConfigError(f"text_column: {self.text!r} names no column")
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        if "{" not in self.text:
+            return (self.text,) if self.text else ()
+        try:
+            return tuple(field for _, field, _, _ in string.Formatter().parse(self.text) if field)
+        except ValueError as error:
+            raise ConfigError(f"text_column: {self.text!r}: {error}") from error
+
+    def columns(self, schema: pa.Schema, partitions: dict[str, Any]) -> list[str]:
+        """The columns to read from a file with this schema; partition columns come from its path."""
+        wanted = [*self.text_columns, *((self.id,) if self.id else ()), *self.keep]
+        if self.filter:
+            wanted += [name for name in schema.names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", self.filter)]
+        return [name for name in dict.fromkeys(wanted) if name not in partitions]
+
+    def with_default_id(self, schema: pa.Schema) -> Selection:
+        """Takes a column ``id`` as the id where none is named and the corpus has one."""
+        if self.id is None and "id" in schema.names:
+            return Selection(text=self.text, id="id", keep=self.keep, filter=self.filter)
+        return self
+
+    def check(self, schema: pa.Schema, partitions: dict[str, Any]) -> dict[str, pa.DataType]:
+        """Types of id and kept columns in a file. Raises BadFile if a column is missing, doubled or no text."""
+        types: dict[str, pa.DataType] = {}
+        for name in self.columns(schema, partitions):
+            type_ = _column_type(schema, name)
+            if name in self.text_columns and "{" not in self.text and not _is_text(type_):
+                raise BadFile(f"column {name!r} is {type_}, not text; name a text column, or write it into a template such as '{{{name}}}'")
+            if name in self.text_columns and pa.types.is_nested(type_):
+                raise BadFile(f"column {name!r} is {type_}; name a field of it, such as {name}.FIELD")
+            if name == self.id or name in self.keep:
+                types[name] = _plain(type_)
+        for name in (self.id, *self.keep):
+            if name in partitions:
+                types[name] = pa.int64() if isinstance(partitions[name], int) else pa.string()
+        return types
+
+    def texts(self, table: pa.Table) -> tuple[list[str | None], dict[int, tuple[str, str]]]:
+        """The text of each row, None where it has none, and for those (reason, detail)."""
+        columns = {name: _strings(column(table, name)) for name in self.text_columns}
+        problems: dict[int, tuple[str, str]] = {}
+        for name, (_, undecodable) in columns.items():
+            for row, detail in undecodable.items():
+                problems[row] = ("undecodable", f"column {name!r}: {detail}")
+        if "{" not in self.text:
+            texts = columns[self.text][0]
+        else:
+            rows = zip(*(values for values, _ in columns.values()), strict=True)
+            parts = [(literal, field) for literal, field, _, _ in string.Formatter().parse(self.text)]
+            place = {name: index for index, name in enumerate(columns)}
+            texts = [
+                None
+                if all(value is None for value in row)
+                else "".join(literal + (row[place[field]] or "" if field else "") for literal, field in parts).strip()
+                for row in rows
+            ]
+        for row, text in enumerate(texts):
+            if row in problems:
+                texts[row] = None
+            elif text is None:
+                problems[row] = ("null", "the text is null")
+            elif not text.strip():
+                texts[row] = None
+                problems[row] = ("empty", "the text is empty or only white space")
+        return texts, problems
+
+
+def filtered(table: pa.Table, condition: str) -> pa.Table:
+    """The rows of ``table`` for which the SQL condition holds, in order. Raises ConfigError for a bad condition."""
+    try:
+        import duckdb
+    except ImportError as error:
+        raise ConfigError("filter: needs duckdb; pip install 'llmemb-ray[filter]'") from error
+    numbered = table.append_column("__row", pa.array(range(table.num_rows), pa.int64()))
+    try:
+        with duckdb.connect(config={"enable_external_access": "false"}) as connection:
+            connection.register("corpus", numbered)
+            kept = connection.execute(f"SELECT __row FROM corpus WHERE {condition} ORDER BY __row").fetch_arrow_table()
+    except duckdb.Error as error:
+        raise ConfigError(f"filter: {condition!r}: {str(error).splitlines()[0]}") from error
+    return table.take(kept["__row"])
+
+
+def _column_type(schema: pa.Schema, name: str) -> pa.DataType:
+    if schema.names.count(name) > 1:
+        raise BadFile(f"has {schema.names.count(name)} columns named {name!r}")
+    if name in schema.names:
+        return schema.field(name).type
+    top, *path = name.split(".")
+    if path and top in schema.names:
+        if schema.names.count(top) > 1:
+            raise BadFile(f"has {schema.names.count(top)} columns named {top!r}")
+        type_ = schema.field(top).type
+        for part in path:
+            if not pa.types.is_struct(type_) or type_.get_field_index(part) < 0:
+                raise BadFile(f"has no column {name!r}: {type_} has no field {part!r}")
+            type_ = type_.field(part).type
+        return type_
+    raise BadFile(f"has no column {name!r}; its columns are {', '.join(schema.names[:20])}")
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """The type as the shards hold it: dictionaries and views as their values."""
+    if pa.types.is_dictionary(type_):
+        return _plain(type_.value_type)
+    if type_ == pa.string_view():
+        return pa.string()
+    return pa.binary() if type_ == pa.binary_view() else type_
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    type_ = _plain(type_)
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
+
+
+def column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column, or a field of a struct by its dotted name, dictionaries and views decoded."""
+    if name in table.column_names:
+        found = table.column(name)
+    else:
+        top, *path = name.split(".")
+        found = pc.struct_field(table.column(top), path)
+    plain = _plain(found.type)
+    return found if plain == found.type else found.cast(plain)
+
+
+def _strings(values: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
+    """Python strings of a column of text, bytes or anything that casts to text; and rows that are not UTF-8."""
+    if not _is_text(values.type):
+        values = values.cast(pa.string())
+    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        try:
+            return values.to_pylist(), {}
+        except UnicodeDecodeError:
+            values = values.cast(pa.large_binary())
+    texts: list[str | None] = []
+    undecodable: dict[int, str] = {}
+    for row, data in enumerate(values.to_pylist()):
+        try:
+            texts.append(None if data is None else data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            texts.append(None)
+            undecodable[row] = f"not UTF-8 at byte {error.start}"
+    return texts, undecodable

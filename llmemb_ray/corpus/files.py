@@ -1,0 +1,140 @@
+"""Finding the files of a corpus and reading their footers. Knows nothing of what is done with the rows.
+
+Invariant: the same inputs give the same files in the same order on every machine.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmemb_ray.errors import InputError, StorageError
+from llmemb_ray.storage import LIST_THREADS, Access, Storage, absolute, locate, redact
+
+ENDINGS = (".parquet", ".pq", ".parq")
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A file of the corpus as the listing shows it."""
+
+    url: str
+    size: int
+    version: str
+    partitions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footer:
+    """What a Parquet footer says: rows of each row group, bytes of each column (uncompressed), schema."""
+
+    group_rows: tuple[int, ...]
+    column_bytes: dict[str, int]
+    schema: pa.Schema
+
+    @property
+    def rows(self) -> int:
+        return sum(self.group_rows)
+
+
+class BadFile(InputError):
+    """A file that cannot be used; the message is the reason without the file's name."""
+
+
+def discover(inputs: list[str], access: Access) -> list[Found]:
+    """Every Parquet file of the inputs, in the order of the inputs and by name within each, none twice.
+
+    Raises InputError for an input without files, StorageError where one cannot be listed.
+    """
+    found: dict[str, Found] = {}
+    for given in inputs:
+        url = absolute(given)
+        entries = _expand(url, access)
+        if not entries:
+            raise InputError(f"input {redact(given)}: no Parquet files there (files named {', '.join('*' + ending for ending in ENDINGS)})")
+        for entry in entries:
+            found.setdefault(entry.url, entry)
+    return list(found.values())
+
+
+def _expand(url: str, access: Access) -> list[Found]:
+    if _GLOB.search(url):
+        first = _GLOB.search(url)
+        assert first is not None
+        base = url[: url.rindex("/", 0, first.start())]
+        storage = Storage(base, access)
+        entries = [entry for entry in storage.glob(url.removeprefix(base + "/")) if not _hidden(entry.path)]
+    else:
+        storage, name = locate(url, access)
+        if storage.is_directory(name):
+            base, storage = url, storage.child(name)
+            entries = [entry for entry in storage.list() if entry.path.endswith(ENDINGS) and not _hidden(entry.path)]
+        else:
+            base = posixpath.dirname(url)
+            entries = [storage.info(name)]
+    return [
+        Found(url=f"{base.rstrip('/')}/{entry.path}", size=entry.size, version=entry.version, partitions=_partitions(entry.path))
+        for entry in sorted(entries, key=lambda entry: entry.path)
+    ]
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(("_", ".")) and "=" not in part for part in path.split("/"))
+
+
+def _partitions(path: str) -> tuple[tuple[str, str], ...]:
+    """``year=2024/lang=en/x.parquet`` -> (("year", "2024"), ("lang", "en"))."""
+    pairs = (part.split("=", 1) for part in path.split("/")[:-1] if "=" in part)
+    return tuple((urllib.parse.unquote(key), urllib.parse.unquote(value)) for key, value in pairs)
+
+
+def partition_values(files: list[Found]) -> list[dict[str, Any]]:
+    """The partition columns of each file: integers where every value of a column is one, else strings."""
+    values: dict[str, set[str]] = {}
+    for file in files:
+        for key, value in file.partitions:
+            values.setdefault(key, set()).add(value)
+    whole = {key for key, seen in values.items() if all(re.fullmatch(r"-?\d{1,18}", value) for value in seen)}
+    return [{key: int(value) if key in whole else value for key, value in file.partitions} for file in files]
+
+
+def footer(found: Found, access: Access) -> Footer:
+    """Reads one footer. Raises BadFile for what is no Parquet file, StorageError for what cannot be reached."""
+    storage, name = locate(found.url, access)
+    if found.size == 0:
+        raise BadFile("is empty (0 bytes)")
+    try:
+        with storage.open(name, found.size) as reader:
+            metadata = pq.read_metadata(reader)
+            schema = metadata.schema.to_arrow_schema()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+    sizes: dict[str, int] = {}
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for column in range(row_group.num_columns):
+            chunk = row_group.column(column)
+            sizes[chunk.path_in_schema] = sizes.get(chunk.path_in_schema, 0) + chunk.total_uncompressed_size
+    rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return Footer(group_rows=rows, column_bytes=sizes, schema=schema)
+
+
+def footers(files: list[Found], access: Access) -> list[Footer | str]:
+    """The footer of each file, or the reason why it has none."""
+
+    def one(found: Found) -> Footer | str:
+        try:
+            return footer(found, access)
+        except (BadFile, StorageError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(max_workers=LIST_THREADS) as pool:
+        return list(pool.map(one, files))

@@ -1,0 +1,47 @@
+"""Which architectures may be packed and share a prefix, and which run as plain padded batches.
+
+The table is what the tests have shown to be exact, one row a test. It is a permission, not a promise: a
+loaded model must also pass ``TransformersBackend``'s self-test, and one that fails it runs padded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Mode = Literal["packed", "padded"]
+
+PACKED: dict[str, str] = {
+    "opt": "learned positions with an offset of 2; OPT-350M's projections and post-norm too",
+    "llama": "rotary positions, grouped-query attention",
+    "mistral": "rotary positions, sliding window",
+    "qwen2": "rotary positions, biased projections",
+    "qwen3": "rotary positions, normalised queries and keys",
+    "gpt2": "learned positions",
+    "gpt_neox": "rotary positions on part of each head, parallel residual",
+    "phi": "rotary positions on part of each head, parallel residual",
+    "phi3": "rotary positions, fused projections",
+    "gemma": "rotary positions, scaled embeddings, wide heads",
+    "gemma3_text": "rotary positions, sliding and full layers in turn",
+}
+"""``model_type`` of a transformers configuration -> what the test for it covers."""
+
+NOT_CAUSAL = {"bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "t5", "modernbert", "deberta-v2"}
+"""Refused by name, with a clear message, before weights are loaded; the self-test catches the others."""
+
+
+def mode(config: Any) -> Mode:
+    """``packed`` where the table allows it and the configuration has nothing that the packed attention lacks."""
+    if config.model_type not in PACKED:
+        return "padded"
+    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    two_way = bool(getattr(config, "use_bidirectional_attention", False))
+    return "padded" if has_softcap or two_way else "packed"
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence in tokens that the model has positions for; None where it has no such limit (ALiBi)."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

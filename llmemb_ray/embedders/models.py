@@ -1,0 +1,366 @@
+"""Where models come from: a hub id, a local directory, or a URL such as ``s3://…``; and how they are loaded.
+
+Invariant: a loaded model has no weight that its checkpoint did not give it. A hub revision is resolved to
+a commit once, on the driver; every node brings the files once. This module knows no texts and no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmemb_ray.embedders import capabilities
+from llmemb_ray.errors import ConfigError, ModelError, StorageError
+from llmemb_ray.representation.representation import Representation
+from llmemb_ray.representation.space import digest
+from llmemb_ray.storage import Access, Storage, redact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+PICKLED = (".bin", ".pt", ".pth")
+
+SAMPLED_BLOCK_BYTES = 2**16
+SAMPLED_BLOCKS = 64
+"""A weight file above 64 blocks of 64 KiB is identified by its size and 64 evenly spaced blocks, the first
+and last among them: 66B parameters need not be read to tell two checkpoints apart."""
+
+DEFAULT_MAX_TOKENS = 4096
+"""Where no ``max_tokens`` is given and the model allows more (E5-Mistral's model card uses 4096)."""
+
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "nf4", "llm.int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """One model or adapter, settled: every process that gets this object loads the same files."""
+
+    name: str
+    kind: Literal["hub", "directory", "url"]
+    commit: str
+    """Hub commit, or ``sha256:…`` over the files of a directory or URL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSource:
+    """A fast tokenizer as plain data, so that workers need neither transformers nor the model's files."""
+
+    json: str
+    eos_id: int | None
+
+    @property
+    def digest(self) -> str:
+        return digest([json.loads(self.json), self.eos_id])
+
+
+def resolve(name: str, revision: str | None = None, access: Access | None = None, what: str = "model") -> ModelSource:
+    """Finds out what exactly ``name`` stands for now. Raises ModelError."""
+    if "://" in name:
+        storage = Storage(name, access)
+        return ModelSource(name=name, kind="url", commit=_directory_digest(storage, what))
+    if os.path.isdir(name):
+        if revision:
+            raise ModelError(f"revision: {name} is a local directory, which has no revisions; leave revision out")
+        path = os.path.abspath(name)
+        return ModelSource(name=path, kind="directory", commit=_directory_digest(Storage(path), what))
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(f"{what} {name}: no such directory")
+    return ModelSource(name=name, kind="hub", commit=_hub_commit(name, revision, what))
+
+
+def _hub_commit(name: str, revision: str | None, what: str) -> str:
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    wanted = revision or "main"
+    if re.fullmatch(r"[0-9a-f]{40}", wanted):
+        return wanted
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            commit = HfApi().model_info(name, revision=wanted).sha
+            if commit:
+                return commit
+    except HFValidationError as error:
+        raise ModelError(f"{what} {name}: not a directory, not a URL, and no valid hub id") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403, 404):
+            raise ModelError(
+                f"{what} {name} at revision {wanted}: the hub answers {status}; check the name, and set HF_TOKEN if it is gated"
+            ) from error
+    except (OSError, OfflineModeIsEnabled):
+        pass  # No network: a copy in the local cache, looked for below, will do.
+    cached = try_to_load_from_cache(name, "config.json" if what == "model" else "adapter_config.json", revision=wanted)
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    raise ModelError(f"{what} {name}: no such directory, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and the local cache has no copy")
+
+
+def _directory_digest(storage: Storage, what: str) -> str:
+    try:
+        entries = [entry for entry in storage.list() if not Path(entry.path).name.startswith(".")]
+    except StorageError as error:
+        raise ModelError(f"{what} {storage.url}: {error}") from error
+    config = "adapter_config.json" if what == "adapter" else "config.json"
+    if not any(entry.path == config for entry in entries):
+        raise ModelError(f"{what} {storage.url}: holds no {config}")
+    relevant = [entry for entry in entries if entry.path.endswith((*WEIGHTS, ".json", ".model", ".txt", ".py", ".jinja"))]
+
+    def one(path: str) -> str:
+        size = sizes[path]
+        sha = hashlib.sha256(f"{path}:{size}:".encode())
+        if size <= SAMPLED_BLOCKS * SAMPLED_BLOCK_BYTES:
+            sha.update(storage.read(path))
+        else:
+            step = (size - SAMPLED_BLOCK_BYTES) / (SAMPLED_BLOCKS - 1)
+            for block in range(SAMPLED_BLOCKS):
+                start = int(block * step)
+                sha.update(storage.read_range(path, start, start + SAMPLED_BLOCK_BYTES))
+        return sha.hexdigest()
+
+    sizes = {entry.path: entry.size for entry in relevant}
+    return "sha256:" + digest(storage.map(one, sorted(sizes)))
+
+
+def fetch(source: ModelSource, access: Access | None = None, *, weights: bool = True) -> Path:
+    """The local directory with the model's files, brought to this node if need be, once. Raises ModelError."""
+    if source.kind == "directory":
+        path = Path(source.name)
+        if not path.is_dir():
+            raise ModelError(f"{source.name} does not exist on this node; use a hub id, an s3:// URL or a directory that every node mounts")
+        return path
+    if source.kind == "hub":
+        from huggingface_hub import snapshot_download
+
+        ignore = [f"*{ending}" for ending in WEIGHTS] if not weights else ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+        try:
+            return Path(snapshot_download(source.name, revision=source.commit, ignore_patterns=ignore))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {source.name}: cannot bring commit {source.commit} to this node: {error}") from error
+    return _fetch_url(source, access, weights)
+
+
+def _fetch_url(source: ModelSource, access: Access | None, weights: bool) -> Path:
+    from filelock import FileLock
+
+    cache = Path(os.environ.get("LLMEMB_CACHE", Path.home() / ".cache" / "llmemb_ray")) / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / (source.commit.removeprefix("sha256:")[:32] + ("" if weights else "-small"))
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():
+            return target
+        storage = Storage(source.name, access)
+        partial = Path(f"{target}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for entry in storage.list():
+            if not weights and entry.path.endswith(WEIGHTS):
+                continue
+            destination = (partial / entry.path).resolve()
+            if not destination.is_relative_to(partial.resolve()):
+                raise ModelError(f"model {redact(source.name)}: refuses the file name {entry.path!r}")
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with storage.open(entry.path, entry.size) as reader, open(destination, "wb") as writer:
+                shutil.copyfileobj(reader, writer, 16 * 2**20)
+        partial.rename(target)
+    return target
+
+
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a decoder-only model. Raises ModelError."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        way_out = "; it brings code of its own, allow that with trust_remote_code" if "trust_remote_code" in str(error) else ""
+        raise ModelError(f"model {path}: its configuration cannot be read: {_first_line(error)}{way_out}") from error
+    if config.model_type in capabilities.NOT_CAUSAL or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {path}: {config.model_type} is no decoder-only model; llmemb embeds with causal language models")
+    return getattr(config, "text_config", config)
+
+
+def settle_max_tokens(representation: Representation, config: Any) -> Representation:
+    """The representation with its token limit settled: as given, else the model's positions, at most DEFAULT_MAX_TOKENS.
+
+    Raises ConfigError if it asks for more positions than the model has.
+    """
+    positions = capabilities.max_positions(config)
+    if representation.max_tokens is None:
+        return replace(representation, max_tokens=min(positions or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS))
+    if positions is not None and representation.max_tokens > positions:
+        raise ConfigError(f"max_tokens: {representation.max_tokens} is more than the model's {positions} positions")
+    return representation
+
+
+def settle_dimension(representation: Representation, size: int) -> int:
+    """D of the vectors put out, from the size of a pooled state. Raises ConfigError for more than there are."""
+    if representation.dimensions is not None and representation.dimensions > size:
+        raise ConfigError(f"dimensions: {representation.dimensions} is more than the {size} of this model")
+    return representation.dimensions or size
+
+
+def flops_per_token(config: Any) -> float:
+    """Twice the weights that a token meets in the layers, from the configuration; attention over the context is left out."""
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    heads = config.num_attention_heads if hasattr(config, "num_attention_heads") else 1
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    gated = getattr(config, "model_type", "") not in ("opt", "gpt2", "gpt_neox", "phi", "bloom", "falcon")
+    layer = 2 * hidden * head_size * (heads + groups) + (3 if gated else 2) * hidden * inner
+    return float(2 * layer * config.num_hidden_layers)
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> TokenizerSource:
+    """The model's tokenizer as data. Raises ModelError if it has no fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model {path}: its tokenizer cannot be read: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model {path}: has no fast tokenizer (tokenizer.json), which this package needs; convert it with transformers and save it beside the model")
+    return TokenizerSource(json=tokenizer.backend_tokenizer.to_str(), eos_id=tokenizer.eos_token_id)
+
+
+def load_model(
+    path: Path,
+    *,
+    compute_dtype: ComputeDtype = "auto",
+    quantization: Quantization = "none",
+    device: str | None = None,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """The decoder without its language-model head, in evaluation mode, on its device or devices.
+
+    device: a torch device; None takes the GPUs that this process sees (several: spread by layers), else the CPU.
+    Raises ModelError, also where the checkpoint lacks a weight that the model needs.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+
+    _check_weight_files(path, allow_pickle)
+    device = device or default_device()
+    dtype = getattr(torch, resolve_dtype(compute_dtype, device))
+    several = device == "cuda" and torch.cuda.device_count() > 1
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": None if allow_pickle else True,
+        "output_loading_info": True,
+        "device_map": "auto" if several else {"": device},
+    }
+    if attention:
+        options["attn_implementation"] = attention
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    elif quantization == "llm.int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    causal = adapter is not None and _adapter_is_causal(adapter)
+    try:
+        with _quiet():
+            model, info = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(path, **options)
+            if not causal and info["missing_keys"]:
+                # A checkpoint with tied weights may store only ``lm_head.weight``: the head's class knows how to tie it.
+                del model
+                causal = True
+                model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model {path}: cannot be loaded: {_first_line(error)}") from error
+    problems = {kind: sorted(info[kind])[:5] for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info[kind]}
+    if problems:
+        raise ModelError(f"model {path}: the checkpoint does not fill the model, its vectors would be random: {problems}")
+    if adapter is not None:
+        model = _with_adapter(model, adapter, merge=quantization == "none")
+    if causal:
+        model = getattr(model, model.base_model_prefix)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and load reports from transformers: what they report is checked here and raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def default_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_dtype(compute_dtype: ComputeDtype, device: str) -> str:
+    """``auto`` is bfloat16 on a CUDA GPU and float32 elsewhere."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _check_weight_files(path: Path, allow_pickle: bool) -> None:
+    names = [entry.name for entry in path.iterdir()]
+    if not any(name.endswith(".safetensors") for name in names) and not allow_pickle:
+        if any(name.endswith(PICKLED) for name in names):
+            raise ModelError(f"model {path}: holds only pickled weights, which can run code when loaded; convert them to safetensors, or set allow_pickle")
+        raise ModelError(f"model {path}: holds no .safetensors weights")
+
+
+def _adapter_keys(adapter: Path) -> set[str]:
+    from safetensors import safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"adapter {adapter}: holds no adapter_model.safetensors")
+    with safe_open(file, framework="numpy") as tensors:
+        return set(tensors.keys())
+
+
+def _adapter_is_causal(adapter: Path) -> bool:
+    """Whether the adapter was trained on the model with its head: its names then hold one level more."""
+    keys = _adapter_keys(adapter)
+    return any(re.match(r"base_model\.model\.(model|transformer|gpt_neox)\.", key) for key in keys)
+
+
+def _with_adapter(model: Any, adapter: Path, *, merge: bool) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"adapter {adapter}: does not fit the model: {_first_line(error)}") from error
+    given, taken = _adapter_keys(adapter), set(get_peft_model_state_dict(wrapped))
+    if given != taken:
+        raise ModelError(f"adapter {adapter}: its weights do not match the model; only in the adapter {sorted(given - taken)[:3]}, only in the model {sorted(taken - given)[:3]}")
+    return wrapped.merge_and_unload() if merge else wrapped.get_base_model()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,270 @@
+"""The transformers backend: token sequences in, pooled states out, on CUDA, MPS or the CPU.
+
+Invariant: a row's vector depends on its own tokens alone, whatever rows go with it. Rows are sorted by
+length and packed end to end (no padding) with the shared prefix computed once, where the architecture
+allows; else they run as right-padded batches, which a causal model cannot tell from single rows.
+This module knows no text, no files and no Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmemb_ray.embedders import attention, capabilities, packing
+from llmemb_ray.embedders.attention import Layout, PrefixCache
+from llmemb_ray.errors import ConfigError, ModelError
+from llmemb_ray.representation.prompts import MIN_SHARED_TOKENS, TokenRows
+from llmemb_ray.representation.representation import Pooling
+
+logger = logging.getLogger(__name__)
+
+CPU_BUDGET = (512, 8192)
+"""First and largest token budget tried on a CPU: beyond it activations leave the caches."""
+GPU_BUDGET = (8192, 262144)
+"""… and on a GPU, where a pack must fill the chip and memory sets the limit."""
+
+SELF_TEST_COSINE = {"float32": 0.9999, "bfloat16": 0.98, "float16": 0.98}
+"""Least cosine between a packed and a plain forward pass of a few random tokens; a wrong mask or position falls far below."""
+
+
+@dataclass
+class Work:
+    """What was computed, in tokens; sums up over packs."""
+
+    tokens: int = 0
+    """Tokens of all prompts, as if each were computed whole."""
+    computed: int = 0
+    """Tokens that went through the model, padding included."""
+    padding: int = 0
+    shared: int = 0
+    """Tokens not computed because the prefix was shared."""
+    packs: int = 0
+    out_of_memory: int = 0
+    """Times the token budget was halved."""
+
+    def add(self, other: Work) -> None:
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class Pooled:
+    """Result of one call.
+
+    vectors: float32 [N, D] on the model's device; zero where the row failed
+    failed:  row number -> why it could not be computed
+    """
+
+    vectors: torch.Tensor
+    failed: dict[int, str] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
+
+
+class TransformersBackend:
+    """One loaded model.
+
+    model:        a decoder without head, as ``models.load_model`` returns it
+    token_budget: tokens in one forward pass; None finds it while working
+    Not safe for threads: the caller serialises calls.
+    Raises ConfigError for a layer that the model lacks, ModelError for a model that is not causal.
+    """
+
+    name = "hf"
+
+    def __init__(self, model: Any, *, pooling: Pooling = "last", layer: int = -1, token_budget: int | None = None, packed: bool | None = None) -> None:
+        self.model, self.pooling = model, pooling
+        self.config = model.config
+        layers = int(self.config.num_hidden_layers)
+        check_layer(layer, layers)
+        self.layer = None if layer in (-1, layers) else layer
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        start, ceiling = GPU_BUDGET if self.device.type == "cuda" else CPU_BUDGET
+        self.budget = packing.TokenBudget(start, ceiling, token_budget)
+        self._prefixes: dict[bytes, PrefixCache] = {}
+        attention.register()
+        wanted = capabilities.mode(self.config) == "packed" if packed is None else packed
+        self.mode: capabilities.Mode = self._settle_mode(wanted)
+
+    # -- embedding ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def embed(
+        self, rows: TokenRows, prefix: npt.NDArray[np.int32] | None = None, *, on_pack: Callable[[int, int], None] | None = None
+    ) -> Pooled:
+        """Pools every row. ``prefix`` are tokens that many rows begin with; rows that do not are computed whole.
+
+        on_pack: called with (rows, tokens) after each forward pass was started.
+        """
+        shared = np.zeros(len(rows), np.int64)
+        if self.mode == "packed" and prefix is not None and len(prefix) >= MIN_SHARED_TOKENS:
+            shared = rows.shared(prefix)
+        cache = self._prefix_cache(prefix) if shared.any() and prefix is not None else None
+        own = rows.lengths - shared
+        todo = packing.order(own, shared)
+        todo = todo[own[todo] > 0]
+        result = Pooled(torch.zeros(0))
+        while len(todo):
+            pack = packing.next_pack(own, shared, todo, self.budget.value, padded=self.mode == "padded")
+            started = self._clock()
+            try:
+                pooled = self._pool_padded(rows, pack) if self.mode == "padded" else self._pool_packed(rows, own, pack, cache)
+            except torch.OutOfMemoryError as error:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                result.work.out_of_memory += 1
+                if len(pack.rows) == 1:
+                    result.failed[int(pack.rows[0])] = f"out of memory on a prompt of {int(rows.lengths[pack.rows[0]])} tokens: {str(error).splitlines()[0]}"
+                    todo = todo[1:]
+                else:
+                    self.budget.value = min(self.budget.value, int(own[pack.rows].sum()))
+                    self.budget.halve()
+                continue
+            if not len(result.vectors):
+                result.vectors = torch.zeros(len(rows), pooled.shape[1], device=pooled.device)
+            index = torch.from_numpy(pack.rows)
+            result.vectors.index_copy_(0, index.to(pooled.device, non_blocking=True), pooled)
+            computed = int(own[pack.rows].max() * len(pack.rows)) if self.mode == "padded" else int(own[pack.rows].sum())
+            if self.budget.searching:
+                self.budget.record(computed, self._clock() - started)
+            result.work.add(
+                Work(
+                    tokens=int(rows.lengths[pack.rows].sum()),
+                    computed=computed,
+                    padding=computed - int(own[pack.rows].sum()),
+                    shared=pack.shared * len(pack.rows),
+                    packs=1,
+                )
+            )
+            todo = todo[len(pack.rows) :]
+            if on_pack is not None:
+                on_pack(len(pack.rows), int(rows.lengths[pack.rows].sum()))
+        if not len(result.vectors):
+            result.vectors = torch.zeros(len(rows), output_size(self.config, layer=-1 if self.layer is None else self.layer), device=self.device)
+        return result
+
+    def _pool_packed(self, rows: TokenRows, own: npt.NDArray[np.int64], pack: packing.Pack, cache: PrefixCache | None) -> torch.Tensor:
+        """float32 [B, D]."""
+        lengths = own[pack.rows]
+        layout = Layout(lengths, pack.shared, cache if pack.shared else None)
+        starts = rows.offsets[pack.rows] + pack.shared
+        flat = np.arange(layout.tokens) + np.repeat(starts - np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)[:-1]]), lengths)
+        hidden_TD = self._forward_packed(rows.ids[flat], layout)
+        if self.pooling == "last":
+            return hidden_TD[layout.tensor("last", hidden_TD.device)].float()
+        positions = layout.tensor("positions", hidden_TD.device)
+        weights_T = torch.ones_like(positions, dtype=torch.float32) if self.pooling == "mean" else (positions + 1).float()
+        sums = torch.zeros(len(lengths), hidden_TD.shape[1], device=hidden_TD.device)
+        sums.index_add_(0, layout.tensor("row", hidden_TD.device), hidden_TD.float() * weights_T[:, None])
+        if pack.shared:
+            assert cache is not None and cache.hidden_PD is not None
+            weights_P = torch.ones(pack.shared) if self.pooling == "mean" else torch.arange(1, pack.shared + 1).float()
+            sums += weights_P.to(hidden_TD.device) @ cache.hidden_PD[: pack.shared].float()
+        total = torch.from_numpy(lengths + pack.shared).to(hidden_TD.device, non_blocking=True).float()
+        return sums / (total if self.pooling == "mean" else total * (total + 1) / 2)[:, None]
+
+    def _pool_padded(self, rows: TokenRows, pack: packing.Pack) -> torch.Tensor:
+        """float32 [B, D]."""
+        lengths_B = rows.lengths[pack.rows]
+        ids_BL = np.zeros((len(pack.rows), int(lengths_B.max())), np.int64)
+        mask_BL = np.arange(ids_BL.shape[1])[None, :] < lengths_B[:, None]
+        ids_BL[mask_BL] = np.concatenate([rows[int(row)] for row in pack.rows])
+        hidden_BLD = self._forward(torch.from_numpy(ids_BL).to(self.device), attention_mask=torch.from_numpy(mask_BL.astype(np.int64)).to(self.device))
+        lengths = torch.from_numpy(lengths_B).to(hidden_BLD.device)
+        if self.pooling == "last":
+            return hidden_BLD[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()
+        positions = torch.arange(hidden_BLD.shape[1], device=lengths.device)
+        weights_BL = (positions < lengths[:, None]).float() * (1.0 if self.pooling == "mean" else (positions + 1).float())
+        return (hidden_BLD.float() * weights_BL[..., None]).sum(1) / weights_BL.sum(1, keepdim=True)
+
+    def _forward_packed(self, ids: npt.NDArray[np.int32], layout: Layout) -> torch.Tensor:
+        """[T, D] states at the pooled layer."""
+        ids_1T = torch.from_numpy(ids.astype(np.int64))
+        if self.device.type == "cuda":
+            ids_1T = ids_1T.pin_memory()
+        with attention.active(layout):
+            return self._forward(ids_1T.to(self.device, non_blocking=True)[None], position_ids=layout.tensor("positions", self.device)[None])[0]
+
+    def _forward(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        out = self.model(input_ids=ids, use_cache=False, output_hidden_states=self.layer is not None, **inputs)
+        states = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+        assert isinstance(states, torch.Tensor)
+        return states
+
+    def _prefix_cache(self, prefix: npt.NDArray[np.int32]) -> PrefixCache:
+        key = prefix.tobytes()
+        if key not in self._prefixes:
+            cache = PrefixCache(prefix)
+            layout = Layout(np.array([len(prefix)], np.int64), 0, cache, record=True)
+            cache.hidden_PD = self._forward_packed(prefix, layout)
+            self._prefixes[key] = cache
+        return self._prefixes[key]
+
+    def _clock(self) -> float:
+        if self.budget.searching and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # -- choosing how to run -----------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _settle_mode(self, wanted: bool) -> capabilities.Mode:
+        """Runs a few random tokens plainly and packed; packed only if both agree. Raises ModelError if not causal."""
+        generator = np.random.default_rng(0)
+        tokens = generator.integers(0, int(self.config.vocab_size), 12).astype(np.int32)
+        lists = [tokens[:7], np.concatenate([tokens[:7], tokens[8:]]), tokens[3:6]]
+        plain = [self._forward(torch.from_numpy(row.astype(np.int64)).to(self.device)[None])[0] for row in lists]
+        if not _agree(plain[0], plain[1][:7]):
+            raise ModelError(f"model of type {self.config.model_type} is not causal: its states depend on later tokens; llmemb embeds with causal language models")
+        self.mode = "padded"
+        if not self._agrees_with(plain, lists, tokens):
+            raise ModelError(f"model of type {self.config.model_type} gives other vectors in a padded batch than one by one; llmemb cannot embed with it")
+        if not wanted:
+            return "padded"
+        plain_attention = self.config._attn_implementation
+        try:
+            self.model.set_attn_implementation(attention.NAME)
+        except (ValueError, NotImplementedError) as error:
+            logger.warning("%s runs padded: %s", self.config.model_type, error)
+            return "padded"
+        self.mode = "packed"
+        if self._agrees_with(plain, lists, tokens):
+            return "packed"
+        logger.warning("packed attention does not agree with %s's own; this model runs as padded batches", self.config.model_type)
+        self.model.set_attn_implementation(plain_attention)
+        return "padded"
+
+
+    def _agrees_with(self, plain: list[torch.Tensor], lists: list[npt.NDArray[np.int32]], tokens: npt.NDArray[np.int32]) -> bool:
+        """Whether ``embed`` gives the last states of the plain passes, with a shared prefix where it can."""
+        pooling, self.pooling = self.pooling, "last"
+        try:
+            vectors = self.embed(TokenRows.from_lists(lists), tokens[:5]).vectors
+        finally:
+            self.pooling = pooling
+            self._prefixes.clear()
+        return all(_agree(states[-1:], vector[None]) for states, vector in zip(plain, vectors, strict=True))
+
+
+def check_layer(layer: int, layers: int) -> None:
+    """Raises ConfigError unless ``layer`` indexes the hidden states of a model with so many layers."""
+    if not -layers - 1 <= layer <= layers:
+        raise ConfigError(f"layer: {layer} is outside the model's hidden states, {-layers - 1} to {layers} (0 or {-layers - 1} is the token embedding)")
+
+
+def output_size(config: Any, layer: int) -> int:
+    """D of the states at a layer (OPT-350M projects its last states down to the size of its token embeddings)."""
+    last = layer in (-1, config.num_hidden_layers)
+    return int((getattr(config, "word_embed_proj_dim", None) if last else None) or config.hidden_size)
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    least = SELF_TEST_COSINE.get(str(a.dtype).removeprefix("torch."), 0.98)
+    return bool(torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).min() >= least)

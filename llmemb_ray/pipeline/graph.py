@@ -1,0 +1,240 @@
+"""The embedding job as a Ray Data graph: reading tasks → CPU tasks that read and tokenise → embedder actors.
+
+Invariant: one call of the actor is one unit. Units travel as one-row Arrow blocks ("envelopes"): a target
+block size of one byte makes each row a block of its own, and ``batch_size=1`` a call of its own. Reading asks
+for other resources than embedding does, so that Ray does not fuse the two and tokenise on the actor.
+What leaves an actor is a record of one row; vectors go from the actor straight to storage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llmemb_ray.config import EmbedSettings, parse_actors
+from llmemb_ray.errors import ConfigError, LlmembError, RunFailed
+from llmemb_ray.pipeline import attempt
+from llmemb_ray.pipeline.ledger import Ledger
+from llmemb_ray.pipeline.prepare import Job, Prepared, ReadTask, prepare
+from llmemb_ray.shards.commits import Commit
+
+CPU_THREADS = 8
+"""Cores of an actor on a CPU node at most: beyond it one model's matrix products scale badly, another actor does not."""
+
+CPU_SHARE = 0.75
+"""Share of its cores that a CPU actor reserves; the rest is for reading and tokenising."""
+
+READ_CPUS = 0.25
+"""Reserved by a task that reads and tokenises: it waits for storage half of its time."""
+
+CALLS_PER_ACTOR = 2
+"""Calls at once: while one unit runs on the model, the one before is encoded and written."""
+
+ACTOR_INIT_DEATHS = 100
+"""Actors in a row that may die while they load before the job gives up: spot machines go at any time."""
+
+REPORT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the job takes of the cluster."""
+
+    least: int
+    most: int
+    gpus: float
+    cpus: float
+    threads: int | None
+    """Threads of a CPU actor; None on a GPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpus > 0
+
+
+def connect(settings: EmbedSettings) -> bool:
+    """Connects to the cluster that the settings name, or starts one here. False if Ray was already up."""
+    if ray.is_initialized():
+        return False
+    address = settings.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False} if address == "local" else {}
+    # Ray's warnings about its own workings would drown the job's lines; its log files keep them.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **local)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"ray_address: no Ray cluster answers at {address}: {error}") from error
+    return True
+
+
+def shape(settings: EmbedSettings) -> Shape:
+    """Actors and their resources, from the settings and what the cluster has now. Raises ConfigError."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cluster_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    wanted = parse_actors(settings.actors)
+    gpus = settings.gpus_per_actor if settings.gpus_per_actor is not None else (1.0 if cluster_gpus else 0.0)
+    if gpus:
+        room = int(cluster_gpus / gpus) if gpus <= 1 else sum(int(node.get("GPU", 0.0) // gpus) for node in nodes)
+        least, most = wanted or (1, max(1, room))
+        return Shape(least=least, most=most, gpus=gpus, cpus=0, threads=None)
+    cores = [node.get("CPU", 0.0) for node in nodes if node.get("CPU", 0.0) >= 1]
+    if not cores:
+        raise ConfigError("actors: the cluster has neither GPUs nor CPU cores for an actor; add worker nodes, or run with actors 0")
+    if settings.cpus_per_actor is not None:
+        threads, cpus = max(1, round(settings.cpus_per_actor)), settings.cpus_per_actor
+    else:
+        threads = int(min(CPU_THREADS, max(cores)))
+        cpus = threads * CPU_SHARE
+    room = sum(max(1, int(node // threads)) for node in cores if node >= cpus)
+    least, most = wanted or (1, max(1, room))
+    if not any(node >= cpus for node in cores):
+        raise ConfigError(f"cpus_per_actor: {cpus:g} cores fit on no node of this cluster, the largest has {max(cores):g}")
+    return Shape(least=least, most=most, gpus=0, cpus=cpus, threads=threads)
+
+
+def read_and_tokenize(batch: pa.Table, job: Any) -> Iterator[pa.Table]:
+    """The reading operator: a reading task in, envelopes out, one for each unit. job: reference to a Job."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settled: Job = ray.get(job)
+    for text in batch.column("task").to_pylist():
+        for prepared in prepare(settled, ReadTask.from_json(text)):
+            yield prepared.to_envelope()
+
+
+class EmbedUnits:
+    """The embedding operator's actor: holds the model; an envelope in, a record of the attempt out."""
+
+    def __init__(self, job: Any, ledger: Any, threads: int | None) -> None:
+        from llmemb_ray.embedders.embedder import Embedder
+
+        self._job: Job = ray.get(job)
+        self._ledger = ledger
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        self._embedder = Embedder(self._job.spec)
+        self._pending = (0, 0)
+        self._reported = time.monotonic()
+        ledger.hello.remote(ray.get_runtime_context().get_actor_id())
+
+    def __call__(self, envelope: pa.Table) -> pa.Table:
+        prepared = Prepared.from_envelope(envelope)
+        unit = prepared.unit
+        if prepared.error is not None:
+            return _record(unit.name, None, prepared.error)
+        directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows))
+        isolation = None
+        if directions is not None:
+            ranges, poison = directions
+            isolation = attempt.Isolation(
+                ranges=ranges, poison=frozenset(poison), entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows))
+            )
+        try:
+            commit = attempt.run(self._job, prepared, self._embedder, on_pack=self._on_pack, isolation=isolation)
+        except LlmembError as error:
+            return _record(unit.name, None, str(error))
+        self._ledger.done.remote(unit.name)
+        return _record(unit.name, commit, None)
+
+    def _on_pack(self, rows: int, tokens: int) -> None:
+        self._pending = (self._pending[0] + rows, self._pending[1] + tokens)
+        now = time.monotonic()
+        if now - self._reported >= REPORT_SECONDS:
+            self._ledger.add.remote(*self._pending)
+            self._pending, self._reported = (0, 0), now
+
+
+def _record(unit: str, commit: Commit | None, error: str | None) -> pa.Table:
+    record = json.dumps(asdict(commit)) if commit else None
+    return pa.table({"unit": [unit], "commit": pa.array([record], pa.string()), "error": pa.array([error], pa.string())})
+
+
+def build(tasks: list[ReadTask], job: Any, ledger: Any, shape: Shape) -> Dataset:
+    """The graph over some reading tasks. job: reference to a Job; ledger: actor handle."""
+    context = DataContext.get_current()
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1
+    context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+    source = ray.data.from_arrow([pa.table({"task": [task.to_json()]}) for task in tasks])
+    return source.map_batches(
+        read_and_tokenize,
+        fn_kwargs={"job": job},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=READ_CPUS,
+    ).map_batches(
+        EmbedUnits,
+        fn_constructor_kwargs={"job": job, "ledger": ledger, "threads": shape.threads},
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=shape.least, max_size=shape.most, max_concurrent_calls_per_actor=CALLS_PER_ACTOR, enable_true_multi_threading=True
+        ),
+        **({"num_gpus": shape.gpus} if shape.on_gpu else {"num_cpus": shape.cpus}),
+    )
+
+
+class Execution:
+    """Runs windows of reading tasks on the cluster and yields what became of each unit."""
+
+    def __init__(self, job: Job, settings: EmbedSettings, shape: Shape) -> None:
+        self._job = ray.put(job)
+        self._shape = shape
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.ledger = (
+            ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, name=f"llmemb-ledger-{uuid.uuid4().hex[:8]}", scheduling_strategy=here).remote(settings.max_attempts)
+        )
+
+    def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
+        """(unit, commit or None, error or None) of each unit, as it is done. Raises the job's own error, unwrapped."""
+        dataset = build(tasks, self._job, self.ledger, self._shape)
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in batch.to_pylist():
+                    commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
+                    yield row["unit"], commit, row["error"]
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise unwrap(error) from error
+
+    def live(self) -> tuple[int, int, int]:
+        """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""
+        try:
+            rows, tokens, actors = ray.get(self.ledger.counts.remote(), timeout=0.5)
+        except ray.exceptions.RayError:
+            return 0, 0, 0
+        return rows, tokens, min(len(actors), self._shape.most)
+
+
+def unwrap(error: BaseException) -> LlmembError:
+    """The LlmembError inside Ray's wrappings, else a RunFailed that names the first cause that is not Ray's own."""
+    foreign: BaseException | None = None
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, LlmembError):
+            return current
+        if foreign is None and not type(current).__module__.startswith("ray.") and not isinstance(current, ray.exceptions.RayError):
+            foreign = current
+        todo += [getattr(current, "cause", None), current.__cause__, current.__context__]
+    shown = foreign or error
+    lines = str(shown).strip().splitlines()
+    return RunFailed(f"the job stopped: {type(shown).__name__}: {lines[0] if lines else ''}; what was committed stands, the same command continues")

@@ -1,0 +1,39 @@
+"""The same job without Ray: one process, the same preparation and the same attempts, unit after unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmemb_ray.embedders.embedder import Embedder
+from llmemb_ray.errors import LlmembError
+from llmemb_ray.pipeline import attempt
+from llmemb_ray.pipeline.prepare import Job, ReadTask, prepare
+from llmemb_ray.shards.commits import Commit
+
+
+class Execution:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._embedder = Embedder(job.spec)
+        self._counts = [0, 0]
+
+    def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
+        """(unit, commit or None, error or None) of each unit, as it is done."""
+        for task in tasks:
+            for prepared in prepare(self._job, task):
+                if prepared.error is not None:
+                    yield prepared.unit.name, None, prepared.error
+                    continue
+                try:
+                    commit = attempt.run(self._job, prepared, self._embedder, on_pack=self._on_pack)
+                except LlmembError as error:
+                    yield prepared.unit.name, None, str(error)
+                    continue
+                yield prepared.unit.name, commit, None
+
+    def _on_pack(self, rows: int, tokens: int) -> None:
+        self._counts[0] += rows
+        self._counts[1] += tokens
+
+    def live(self) -> tuple[int, int, int]:
+        return self._counts[0], self._counts[1], 1

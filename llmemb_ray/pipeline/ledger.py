@@ -1,0 +1,75 @@
+"""What must outlive an embedder actor: how often a unit was tried, where it died, and live counts.
+
+Invariant: a unit whose engine dies again and again is narrowed down, by halving, to the row at fault. Ray
+retries a dead actor's task for ever and does not tell it which attempt it is, so the count lives here.
+The class knows no Ray; ``graph`` runs it as an actor beside the driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Range = tuple[int, int]
+
+
+@dataclass
+class _Unit:
+    attempts: int = 0
+    ranges: list[Range] = field(default_factory=list)
+    entered: Range | None = None
+    poison: set[int] = field(default_factory=set)
+
+
+class Ledger:
+    """max_attempts: attempts at a unit before its rows are told apart."""
+
+    def __init__(self, max_attempts: int) -> None:
+        self._max_attempts = max_attempts
+        self._units: dict[str, _Unit] = {}
+        self._rows = 0
+        self._tokens = 0
+        self._actors: set[str] = set()
+
+    def hello(self, actor: str) -> None:
+        self._actors.add(actor)
+
+    def begin(self, unit: str, rows: int) -> tuple[list[Range], list[int]] | None:
+        """Counts an attempt. None: embed the unit as a whole. Else the row ranges to embed one by one, and the
+        rows known to kill their engine."""
+        state = self._units.setdefault(unit, _Unit())
+        state.attempts += 1
+        if state.attempts <= self._max_attempts:
+            return None
+        if not state.ranges:
+            state.ranges = [(0, rows)]
+        elif state.entered is not None:
+            self._split(state, state.entered)
+        state.entered = None
+        return list(state.ranges), sorted(state.poison)
+
+    @staticmethod
+    def _split(state: _Unit, died_in: Range) -> None:
+        first, last = died_in
+        place = state.ranges.index(died_in)
+        if last - first <= 1:
+            state.poison.add(first)
+            state.ranges[place : place + 1] = []
+        else:
+            middle = (first + last) // 2
+            state.ranges[place : place + 1] = [(first, middle), (middle, last)]
+
+    def entering(self, unit: str, rows: Range) -> None:
+        self._units[unit].entered = rows
+
+    def done(self, unit: str) -> None:
+        """Forgets a unit that is committed, so that this never grows with the corpus."""
+        self._units.pop(unit, None)
+
+    def add(self, rows: int, tokens: int) -> None:
+        """Rows and tokens computed since the last call; retried work counts again, so these are for display alone."""
+        self._rows += rows
+        self._tokens += tokens
+
+    def counts(self) -> tuple[int, int, list[str]]:
+        """(rows, tokens, actors that ever reported)."""
+        return self._rows, self._tokens, sorted(self._actors)

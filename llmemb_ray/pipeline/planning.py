@@ -1,0 +1,192 @@
+"""Making a plan: the corpus listed, its footers read, its units settled. Needs no cluster and no weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from llmemb_ray import __version__
+from llmemb_ray.config import EmbedSettings
+from llmemb_ray.corpus import files as corpus_files
+from llmemb_ray.corpus.columns import Selection, filtered
+from llmemb_ray.corpus.files import BadFile, Footer, Found
+from llmemb_ray.corpus.units import PlannedFile, rows_per_unit
+from llmemb_ray.embedders.embedder import EmbedderSpec
+from llmemb_ray.errors import InputError
+from llmemb_ray.representation.space import digest
+from llmemb_ray.shards.plan import Plan
+from llmemb_ray.storage import redact
+
+BYTES_PER_TOKEN = 4.0
+"""English text under common vocabularies; only used to size units."""
+
+CPU_FLOPS, GPU_FLOPS = 1e11, 2e14
+"""What one actor is assumed to reach when units are sized: some CPU cores in float32, a recent GPU in bfloat16.
+A wrong guess makes units longer or shorter than a minute, nothing else."""
+
+UNITS_PER_ACTOR = 4
+"""A small corpus is cut into at least so many units an actor, so that all of them have work to the end."""
+
+LEAST_ROWS = 256
+"""… but not into units smaller than this."""
+
+MISNAMED = 20
+"""Bad files named in one message."""
+
+ENGINES = ("ray", "torch", "transformers", "pyarrow", "peft", "bitsandbytes", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what makes the vectors; recorded, and warned about when they change."""
+    found = {"llmemb_ray": __version__}
+    for name in ENGINES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def identity(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], selection: Selection) -> dict[str, Any]:
+    """What the run key is made of, known from a listing alone."""
+    return {
+        "space": spec.space.to_dict(),
+        "engine": {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization, "dtype": settings.dtype},
+        "corpus": {
+            "files": digest([[file.url, file.size, file.version] for file in found]),
+            "text_column": selection.text,
+            "id_column": settings.id_column,
+            "keep_columns": list(settings.keep_columns),
+            "filter": selection.filter,
+            "limit_rows": settings.limit_rows,
+            "rows_per_unit": settings.rows_per_unit,
+            "role": settings.role,
+        },
+    }
+
+
+def find(settings: EmbedSettings) -> tuple[list[Found], Selection]:
+    """The corpus as it is listed now. Raises InputError or ConfigError."""
+    selection = Selection(text=settings.text_column, id=settings.id_column, keep=tuple(settings.keep_columns), filter=settings.filter)
+    return corpus_files.discover(settings.input, settings.access), selection
+
+
+def file_changes(stored: Plan, found: list[Found]) -> list[str]:
+    """How a corpus listed now differs from the one a stored plan was made of, file by file."""
+    then = {file.url: (file.size, file.version) for file in stored.files}
+    now = {file.url: (file.size, file.version) for file in found}
+    changes = [f"{redact(url)} is gone" for url in then if url not in now]
+    changes += [f"{redact(url)} is new" for url in now if url not in then]
+    changes += [f"{redact(url)} changed" for url in now if url in then and then[url] != now[url]]
+    return changes
+
+
+def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], selection: Selection, *, actors: int, gpu: bool) -> Plan:
+    """Reads every footer and settles the units.
+
+    actors, gpu: what will do the work, to size the units. Raises InputError naming every bad file.
+    """
+    footers = corpus_files.footers(found, settings.access)
+    partitions = corpus_files.partition_values(found)
+    first = next((footer for footer in footers if isinstance(footer, Footer)), None)
+    if first is not None:
+        selection = selection.with_default_id(first.schema)
+    problems: dict[int, str] = {}
+    types: dict[str, pa.DataType] | None = None
+    for index, footer in enumerate(footers):
+        try:
+            if isinstance(footer, str):
+                raise BadFile(footer)
+            here = selection.check(footer.schema, partitions[index])
+            if types is None:
+                types = here
+            elif here != types:
+                differing = ", ".join(f"{name} is {here.get(name)} here and {types.get(name)} in the first file" for name in types if here.get(name) != types[name])
+                raise BadFile(f"has another schema: {differing}")
+        except BadFile as error:
+            problems[index] = str(error)
+    if problems and not settings.skip_bad_files:
+        raise InputError(_describe(found, problems))
+    if types is None:
+        raise InputError("no file of the corpus can be read: " + _describe(found, problems))
+    if selection.filter and first is not None:
+        _check_filter(selection, first, partitions[0])
+    planned = [
+        _planned(index, file, footer, partitions[index], problems.get(index), settings, spec, selection, gpu)
+        for index, (file, footer) in enumerate(zip(found, footers, strict=True))
+    ]
+    planned = _limited(planned, settings.limit_rows)
+    rows = sum(file.rows for file in planned)
+    if rows == 0:
+        raise InputError(f"the corpus has {len(found)} files but no rows; check the input paths")
+    if settings.rows_per_unit is None:
+        share = max(LEAST_ROWS, -(-rows // (UNITS_PER_ACTOR * max(1, actors))))
+        planned = [replace(file, rows_per_unit=min(file.rows_per_unit, share)) for file in planned]
+    parts = identity(settings, spec, found, selection)
+    return Plan(
+        files=planned,
+        selection=selection,
+        space=parts["space"],
+        engine=parts["engine"],
+        corpus=parts["corpus"],
+        role=settings.role,
+        dimension=spec.dimension,
+        dtype=settings.dtype,
+        id_type=str(types[selection.id]) if selection.id else None,
+        kept_types={name: str(types[name]) for name in selection.keep},
+        model_name=redact(spec.model.name),
+        adapter_name=redact(spec.adapter.name) if spec.adapter else None,
+        settings=settings.recorded(),
+        versions=versions(),
+        created=time.time(),
+    )
+
+
+def _planned(
+    index: int, file: Found, footer: Footer | str, partitions: dict[str, Any], problem: str | None, settings: EmbedSettings, spec: EmbedderSpec, selection: Selection, gpu: bool
+) -> PlannedFile:
+    known = PlannedFile(index=index, url=file.url, size=file.size, version=file.version, partitions=partitions, problem=problem)
+    if problem is not None or isinstance(footer, str):
+        return known
+    text_bytes = sum(size for path, size in footer.column_bytes.items() if path in selection.text_columns) / max(1, footer.rows)
+    assert spec.representation.max_tokens is not None
+    template = len(spec.representation.form(settings.role).template)
+    tokens = min(spec.representation.max_tokens, (text_bytes + template) / BYTES_PER_TOKEN)
+    size = settings.rows_per_unit or rows_per_unit(
+        text_bytes=text_bytes,
+        vector_bytes=spec.dimension * (2 if settings.dtype == "float16" else 4) + 64,
+        flops_per_row=tokens * spec.model_flops,
+        flops_per_second=GPU_FLOPS if gpu else CPU_FLOPS,
+    )
+    return replace(known, group_rows=footer.group_rows, rows=footer.rows, rows_per_unit=size)
+
+
+def _limited(files: list[PlannedFile], limit: int | None) -> list[PlannedFile]:
+    if limit is None:
+        return files
+    limited = []
+    for file in files:
+        limited.append(replace(file, rows=min(file.rows, limit)))
+        limit -= limited[-1].rows
+    return limited
+
+
+def _check_filter(selection: Selection, footer: Footer, partitions: dict[str, Any]) -> None:
+    empty = footer.schema.empty_table()
+    for key, value in partitions.items():
+        if key not in empty.column_names:
+            empty = empty.append_column(key, pa.array([], pa.int64() if isinstance(value, int) else pa.string()))
+    filtered(empty, selection.filter or "true")
+
+
+def _describe(found: list[Found], problems: dict[int, str]) -> str:
+    lines = [f"  {redact(found[index].url)}: {problem}" for index, problem in list(problems.items())[:MISNAMED]]
+    more = f"\n  … and {len(problems) - MISNAMED} more" if len(problems) > MISNAMED else ""
+    kinds = Counter(problem.split(":")[0] for problem in problems.values()).most_common(1)[0][1]
+    hint = f"\n{kinds} of them have the same problem." if len(problems) > MISNAMED else ""
+    return f"{len(problems)} of {len(found)} files cannot be used:\n" + "\n".join(lines) + more + hint + "\nMend or remove them, or leave them out with skip_bad_files (the receipt names them)."

@@ -1,0 +1,215 @@
+"""From a reading task to prepared units: rows read, texts made, prompts tokenised, bad rows set aside.
+
+Invariant: each row of a unit is in exactly one of ``accepted``, ``rejected`` and the filtered count. This runs
+on CPU workers while the model runs elsewhere; it needs neither torch nor the model's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmemb_ray.corpus.columns import Selection, column, filtered
+from llmemb_ray.corpus.reading import read_units
+from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
+from llmemb_ray.embedders.embedder import EmbedderSpec
+from llmemb_ray.errors import InputError, StorageError
+from llmemb_ray.representation import Prompter, Role, TokenRows
+from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.schema import REJECTS
+from llmemb_ray.storage import RETRIES, Access, Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker needs to know of the run; plain data, the same for all."""
+
+    spec: EmbedderSpec
+    selection: Selection
+    role: Role
+    dtype: str
+    run_key: str
+    space: str
+    output: Storage
+    access: Access = field(repr=False)
+    """To the corpus."""
+
+    @classmethod
+    def of(cls, plan: Plan, spec: EmbedderSpec, output: Storage, access: Access) -> Job:
+        role: Role = "query" if plan.role == "query" else "document"
+        return cls(
+            spec=spec, selection=plan.selection, role=role, dtype=plan.dtype, run_key=plan.run_key, space=plan.space_digest, output=output, access=access
+        )
+
+
+@dataclass(frozen=True)
+class ReadTask:
+    """One piece of one file, and which of its units are still to be done."""
+
+    file: PlannedFile
+    piece: Piece
+    wanted: frozenset[str]
+
+    def to_json(self) -> str:
+        file = {name: getattr(self.file, name) for name in ("index", "url", "size", "version", "partitions")}
+        units = [[unit.start, unit.rows] for unit in self.piece.units]
+        return json.dumps({"file": file, "groups": self.piece.groups, "start": self.piece.start, "units": units, "wanted": sorted(self.wanted)})
+
+    @classmethod
+    def from_json(cls, text: str) -> ReadTask:
+        data = json.loads(text)
+        index = data["file"]["index"]
+        units = tuple(Unit(index, start, rows) for start, rows in data["units"])
+        return cls(PlannedFile(**data["file"]), Piece(index, tuple(data["groups"]), data["start"], units), frozenset(data["wanted"]))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One unit, ready for the model.
+
+    accepted: source_file, source_row, [id], kept columns, n_tokens, truncated, token_ids (list<int32>)
+    rejected: as ``shards.schema.REJECTS``
+    error:    why the unit cannot be done at all; then both tables are empty
+    """
+
+    unit: Unit
+    accepted: pa.Table
+    rejected: pa.Table
+    filtered: int = 0
+    storage_retries: int = 0
+    error: str | None = None
+
+    def to_envelope(self) -> pa.Table:
+        """One Arrow row, so that Ray can neither glue units together nor cut one."""
+        return pa.table(
+            {
+                "unit": [json.dumps(asdict(self.unit))],
+                "accepted": _to_ipc(self.accepted),
+                "rejected": _to_ipc(self.rejected),
+                "filtered": [self.filtered],
+                "storage_retries": [self.storage_retries],
+                "error": pa.array([self.error], pa.string()),
+            }
+        )
+
+    @classmethod
+    def from_envelope(cls, envelope: pa.Table) -> Prepared:
+        assert envelope.num_rows == 1, f"an envelope holds one unit, not {envelope.num_rows}"
+        row = {name: envelope.column(name)[0] for name in envelope.column_names}
+        accepted, rejected = (pa.ipc.open_stream(row[name].as_buffer()).read_all() for name in ("accepted", "rejected"))
+        return cls(
+            Unit(**json.loads(row["unit"].as_py())), accepted, rejected, row["filtered"].as_py(), row["storage_retries"].as_py(), row["error"].as_py()
+        )
+
+    @property
+    def tokens(self) -> TokenRows:
+        """The accepted rows' token sequences, without a copy."""
+        lists = self.accepted.column("token_ids").combine_chunks()
+        if isinstance(lists, pa.ChunkedArray):
+            lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        ids = lists.values.to_numpy()[offsets[0] : offsets[-1]] if len(lists) else np.zeros(0, np.int32)
+        return TokenRows(ids, offsets - offsets[0], self.accepted.column("truncated").to_numpy())
+
+
+def _to_ipc(table: pa.Table) -> pa.LargeBinaryArray:
+    """A table as the one value of a binary array, without a copy through Python bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue()
+    offsets = pa.array([0, data.size], pa.int64()).buffers()[1]
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+@lru_cache(maxsize=4)
+def _prompter(spec_json: str, role: Role) -> Prompter:
+    representation, tokenizer, eos_id = json.loads(spec_json)
+    from llmemb_ray.representation import Representation
+
+    return Prompter(Representation.from_dict(representation), role, tokenizer_json=tokenizer, eos_id=eos_id)
+
+
+def prompter_of(spec: EmbedderSpec, role: Role) -> Prompter:
+    """The prompter of a spec, made once a process: parsing a tokenizer takes a good part of a second."""
+    return _prompter(json.dumps([spec.representation.to_dict(), spec.tokenizer.json, spec.tokenizer.eos_id]), role)
+
+
+def prepare(job: Job, task: ReadTask) -> Iterator[Prepared]:
+    """The wanted units of a piece. What goes wrong with the file becomes the error of each unit it hits."""
+    RETRIES.take()
+    left = {unit.name: unit for unit in task.piece.units if unit.name in task.wanted}
+    try:
+        for unit, table in read_units(task.file, task.piece, job.selection, job.access, task.wanted):
+            yield prepare_unit(job, unit, table)
+            del left[unit.name]
+    except (InputError, StorageError) as error:
+        for unit in left.values():
+            yield Prepared(unit, pa.table({}), REJECTS.empty_table(), storage_retries=RETRIES.take(), error=str(error))
+
+
+def prepare_unit(job: Job, unit: Unit, table: pa.Table) -> Prepared:
+    """Tokenises the rows of one unit."""
+    numbered = table.append_column("__source_row", pa.array(np.arange(unit.start, unit.start + unit.rows)))
+    if job.selection.filter:
+        numbered = filtered(numbered, job.selection.filter)
+    texts, problems = job.selection.texts(numbered)
+    good = [row for row, text in enumerate(texts) if text is not None]
+    rows, unfit = prompter_of(job.spec, job.role).tokenize([text for text in texts if text is not None])
+    fit: list[int] = []
+    for position, (row, problem) in enumerate(zip(good, unfit, strict=True)):
+        if problem is None:
+            fit.append(position)
+        else:
+            problems[row] = (problem.reason, problem.detail)
+    accepted_rows = np.asarray(good, np.int64)[fit] if fit else np.zeros(0, np.int64)
+    columns = _row_columns(job.selection, unit, numbered, accepted_rows)
+    # Unfit rows have no tokens, so the others' token ids already lie end to end.
+    lengths = rows.lengths[fit] if fit else np.zeros(0, np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    columns["n_tokens"] = pa.array(lengths.astype(np.int32))
+    columns["truncated"] = pa.array(rows.truncated[fit] if fit else np.zeros(0, np.bool_))
+    columns["token_ids"] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(rows.ids))
+    return Prepared(
+        unit,
+        pa.table(columns),
+        reject_table(unit.file, numbered["__source_row"].to_pylist(), _id_texts(job.selection, numbered), problems),
+        filtered=unit.rows - numbered.num_rows,
+        storage_retries=RETRIES.take(),
+    )
+
+
+def _row_columns(selection: Selection, unit: Unit, numbered: pa.Table, rows: Any) -> dict[str, Any]:
+    taken = numbered.take(pa.array(rows))
+    columns: dict[str, Any] = {}
+    if selection.id:
+        columns["id"] = column(taken, selection.id)
+    columns["source_file"] = pa.array(np.full(len(rows), unit.file, np.int32))
+    columns["source_row"] = taken["__source_row"]
+    return columns | {name: column(taken, name) for name in selection.keep}
+
+
+def _id_texts(selection: Selection, table: pa.Table) -> list[Any] | None:
+    return column(table, selection.id).to_pylist() if selection.id else None
+
+
+def reject_table(file: int, source_rows: list[int], ids: list[Any] | None, problems: dict[int, tuple[str, str]]) -> pa.Table:
+    """Rejects of a unit. problems: position in ``source_rows`` -> (reason, detail)."""
+    order = sorted(problems)
+    ids_text = [None if ids is None or ids[row] is None else str(ids[row]) for row in order]
+    return pa.table(
+        {
+            "source_file": [file] * len(order),
+            "source_row": [source_rows[row] for row in order],
+            "id": ids_text,
+            "reason": [problems[row][0] for row in order],
+            "detail": [problems[row][1] for row in order],
+        },
+        schema=REJECTS,
+    )

@@ -1,0 +1,156 @@
+"""The plan: what a run is to do, settled before it starts and kept in OUT.
+
+Invariant: a plan stands for one run key; its units follow from its files alone, so a resumed run has the
+same units. The plan is plain data: it needs no cluster, no model and no corpus to be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmemb_ray.corpus.columns import Selection
+from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
+from llmemb_ray.errors import NotFound, OutputError, RunMismatch
+from llmemb_ray.representation.representation import Representation
+from llmemb_ray.representation.space import differences, digest
+from llmemb_ray.storage import Storage
+
+RECORD = "_llmemb/plan/plan.json"
+FILES = "_llmemb/plan/files.parquet"
+
+FORMAT = 1
+"""Version of the layout of OUT. A reader refuses a later one."""
+
+_FILES_SCHEMA = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("url", pa.string()),
+        ("size", pa.int64()),
+        ("version", pa.string()),
+        ("group_rows", pa.list_(pa.int64())),
+        ("rows", pa.int64()),
+        ("rows_per_unit", pa.int64()),
+        ("partitions", pa.string()),
+        ("problem", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    files: list[PlannedFile]
+    selection: Selection
+    space: dict[str, Any]
+    """The fields whose digest is the space."""
+    engine: dict[str, Any]
+    """Backend, compute dtype, weight quantisation, output precision: what the run key holds besides space and corpus."""
+    corpus: dict[str, Any]
+    """What decides which rows are embedded and how they are cut, besides the files."""
+    role: str
+    dimension: int
+    dtype: str
+    id_type: str | None = None
+    kept_types: dict[str, str] = field(default_factory=dict)
+    model_name: str = ""
+    adapter_name: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """All settings of the run as given, secrets left out; only for the reader."""
+    versions: dict[str, str] = field(default_factory=dict)
+    created: float = 0.0
+
+    @property
+    def space_digest(self) -> str:
+        return digest(self.space)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields whose digest is the run key."""
+        return {"space": self.space, "engine": self.engine, "corpus": self.corpus}
+
+    @property
+    def run_key(self) -> str:
+        return digest(self.identity)
+
+    @property
+    def representation(self) -> Representation:
+        return Representation.from_dict(self.space["representation"])
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    def pieces(self) -> Iterator[Piece]:
+        for file in self.files:
+            yield from file.pieces()
+
+    def units(self) -> Iterator[Unit]:
+        for file in self.files:
+            yield from file.units()
+
+    @property
+    def bad_files(self) -> list[PlannedFile]:
+        return [file for file in self.files if file.problem is not None]
+
+    # -- in storage --------------------------------------------------------------------------------
+
+    def save(self, storage: Storage) -> None:
+        """Writes the files first and the record last: a plan without its record is none."""
+        columns = [
+            [file.index for file in self.files],
+            [file.url for file in self.files],
+            [file.size for file in self.files],
+            [file.version for file in self.files],
+            [list(file.group_rows) for file in self.files],
+            [file.rows for file in self.files],
+            [file.rows_per_unit for file in self.files],
+            [json.dumps(file.partitions) for file in self.files],
+            [file.problem for file in self.files],
+        ]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _FILES_SCHEMA, strict=True)], schema=_FILES_SCHEMA), sink, compression="ZSTD")
+        storage.put(FILES, sink.getvalue())
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "files"}
+        record |= {"selection": asdict(self.selection), "format": FORMAT, "run_key": self.run_key, "space_digest": self.space_digest, "file_count": len(self.files)}
+        storage.put(RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
+
+    @classmethod
+    def load(cls, storage: Storage) -> Plan | None:
+        """The plan in OUT; None where there is none. Raises OutputError for one that this version cannot read."""
+        try:
+            record = json.loads(storage.read(RECORD))
+        except NotFound:
+            return None
+        except ValueError as error:
+            raise OutputError(f"{storage.display(RECORD)} is not JSON: {error}") from error
+        if record.get("format") != FORMAT:
+            raise OutputError(f"{storage.url} was written with layout {record.get('format')}; this version of llmemb_ray reads layout {FORMAT}")
+        table = pq.read_table(pa.BufferReader(storage.read(FILES)))
+        files = [
+            PlannedFile(**(row | {"group_rows": tuple(row["group_rows"]), "partitions": json.loads(row["partitions"])})) for row in table.to_pylist()
+        ]
+        selection = Selection(**(record["selection"] | {"keep": tuple(record["selection"]["keep"])}))
+        names = set(cls.__dataclass_fields__) - {"files", "selection"}
+        plan = cls(files=files, selection=selection, **{name: record[name] for name in names})
+        if plan.run_key != record["run_key"]:
+            raise OutputError(f"{storage.display(RECORD)} was altered: its fields do not make its run key")
+        return plan
+
+    def require_same(self, other: Plan, where: str) -> None:
+        """Raises RunMismatch with every field in which ``other``, the plan asked for now, differs from this stored one."""
+        if self.run_key == other.run_key:
+            return
+        lines = [f"  {name}: the run there has {_short(theirs)}, asked for now {_short(ours)}" for name, ours, theirs in differences(other.identity, self.identity)]
+        raise RunMismatch(
+            f"{where} holds a run with another run key:\n" + "\n".join(lines) + "\nUse another output, repeat the settings of that run, or delete it with overwrite."
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "…"

@@ -1,0 +1,99 @@
+"""A run as it stands in OUT: opened, read and iterated. What every reader of vectors goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmemb_ray.errors import NotFound, OutputError
+from llmemb_ray.shards import commits as commit_records
+from llmemb_ray.shards import lease
+from llmemb_ray.shards.commits import Commit
+from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.receipt import Receipt
+from llmemb_ray.storage import Access, Storage
+
+DATA = "data"
+REJECTS = "rejects"
+OWN = "_llmemb"
+
+
+class Run:
+    """A run, finished or not, through its commits. Raises OutputError where ``url`` holds none."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        plan = Plan.load(storage)
+        if plan is None:
+            raise OutputError(f"{storage.url} holds no run of llmemb_ray (there is no {OWN}/plan in it)")
+        self.plan: Plan = plan
+
+    @property
+    def url(self) -> str:
+        return self.storage.url
+
+    @cached_property
+    def receipt(self) -> Receipt | None:
+        """The accounts; None while the run is not finished."""
+        return Receipt.load(self.storage)
+
+    @cached_property
+    def commits(self) -> list[Commit]:
+        """The commit of each finished unit, as they stood when first asked for."""
+        return commit_records.read_all(self.storage)
+
+    def shards(self, columns: list[str] | None = None) -> Iterator[tuple[Commit, pa.Table]]:
+        """The committed shards, a row group at a time: (commit, table with ``columns`` or all)."""
+        for commit in self.commits:
+            if commit.shard is not None:
+                for table in read_groups(self.storage, commit.shard, columns):
+                    yield commit, table
+
+    def rejects(self) -> Iterator[pa.Table]:
+        for commit in self.commits:
+            if commit.rejects is not None:
+                yield from read_groups(self.storage, commit.rejects, None)
+
+    def status(self) -> dict[str, Any]:
+        """Where the run stands, from storage alone: units done, rows, and the driver's last heartbeat if one is at work."""
+        done = commit_records.committed_units(self.storage)
+        total = sum(1 for _ in self.plan.units())
+        receipt = self.receipt
+        held = lease.read(self.storage)
+        at_work = held is not None and receipt is None and not held.stale()
+        state = "finished" if receipt else "running" if at_work else "stopped"
+        return {
+            "run": self.url,
+            "state": state,
+            "model": self.plan.model_name,
+            "run_key": self.plan.run_key,
+            "space": self.plan.space_digest,
+            "units": total,
+            "units_done": receipt.units if receipt else len(done),
+            "rows": self.plan.rows,
+            "progress": held.progress if held and not receipt else None,
+            "driver": {"host": held.host, "pid": held.pid, "heartbeat_age_s": round(held.age(), 1)} if held and not receipt else None,
+            "receipt": receipt.to_dict() if receipt else None,
+        }
+
+
+def read_groups(storage: Storage, path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    """The row groups of one Parquet file of the run. Raises OutputError naming a file that is gone or broken."""
+    try:
+        with storage.open(path) as reader:
+            file = pq.ParquetFile(reader)
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns)
+    except NotFound as error:
+        raise OutputError(f"{storage.display(path)} is named by a commit but is not there; run verify") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise OutputError(f"{storage.display(path)} cannot be read: {error}; run verify") from error
+
+
+def open_run(url: str, **access: Any) -> Run:
+    """Opens a run. ``access``: ``endpoint_url``, ``options``. Raises OutputError."""
+    return Run(Storage(url.rstrip("/"), Access(**access)))

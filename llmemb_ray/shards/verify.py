@@ -1,0 +1,314 @@
+"""Checking a run from its files alone.
+
+``quick``   plan, commits and receipt agree; every file they name is there with its size, and no other
+``sample``  and the contents of some units: checksums, schema, rows, vectors
+``full``    and of all units; ids are unique in the run
+With the corpus at hand (``against``): each of its rows is in exactly one of data and rejects, under its own id.
+
+Invariant: nothing proportional to the rows is held in memory; ids are told apart by hash partitions on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmemb_ray.corpus import files as corpus_files
+from llmemb_ray.corpus.columns import column
+from llmemb_ray.corpus.reading import read_units
+from llmemb_ray.errors import CheckFailed, LlmembError, NotFound, RunFailed
+from llmemb_ray.shards import schema
+from llmemb_ray.shards.commits import Commit
+from llmemb_ray.shards.receipt import make_receipt, reconcile
+from llmemb_ray.shards.run import DATA, REJECTS, Run
+from llmemb_ray.storage import redact
+
+Level = Literal["quick", "sample", "full"]
+
+SAMPLE_SHARE, SAMPLE_LEAST = 0.05, 20
+"""Units looked into by ``sample``, evenly spaced over the run."""
+
+NORM_TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
+"""How far the norm of a normalised vector may be from 1 in each precision written."""
+
+ID_PARTITIONS = 64
+PROBLEMS_KEPT = 100
+
+
+@dataclass
+class Findings:
+    """What ``verify`` found. ``problems`` is empty for a sound run."""
+
+    run: str
+    level: Level
+    units: int = 0
+    units_read: int = 0
+    rows_embedded: int = 0
+    rows_rejected: int = 0
+    duplicate_ids: int | None = None
+    """Ids that stand in more than one row; None where they were not counted."""
+    against_rows: int | None = None
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    problem_count: int = 0
+
+    def problem(self, text: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < PROBLEMS_KEPT:
+            self.problems.append(text)
+
+    @property
+    def sound(self) -> bool:
+        return self.problem_count == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"sound": self.sound}
+
+    def require(self) -> None:
+        """Raises CheckFailed with what was found, if anything."""
+        if not self.sound:
+            shown = "\n".join(f"  {problem}" for problem in self.problems[:20])
+            more = f"\n  … and {self.problem_count - 20} more" if self.problem_count > 20 else ""
+            raise CheckFailed(f"{self.run} is not sound, {self.problem_count} problems:\n{shown}{more}")
+
+
+def verify(run: Run, *, level: Level = "full", against: list[str] | None = None, allow_duplicate_ids: bool = False) -> Findings:
+    """Checks a run. against: the corpus it was made of, wherever that lies now. Raises only for what it cannot reach."""
+    findings = Findings(run=run.url, level=level)
+    commits = run.commits
+    findings.units = len(commits)
+    findings.rows_embedded = sum(commit.embedded for commit in commits)
+    findings.rows_rejected = sum(commit.rejected for commit in commits)
+    _accounts(run, commits, findings)
+    _files(run, commits, findings)
+    if level != "quick":
+        with tempfile.TemporaryDirectory(prefix="llmemb-verify-") as scratch:
+            ids = _IdCounter(Path(scratch)) if level == "full" and run.plan.selection.id else None
+            for commit in _chosen(commits, level):
+                _unit(run, commit, findings, ids)
+                findings.units_read += 1
+            if ids is not None:
+                findings.duplicate_ids = ids.duplicates()
+                if findings.duplicate_ids:
+                    text = (
+                        f"{findings.duplicate_ids} ids stand in more than one row (to see them: SELECT id, count(*) FROM '{run.url}/data/*.parquet' GROUP BY id HAVING count(*) > 1)"
+                    )
+                    if allow_duplicate_ids:
+                        findings.notes.append(text)
+                    else:
+                        findings.problem(text + "; the corpus has them twice (allow with allow_duplicate_ids)")
+    if against:
+        _compare(run, against, findings)
+    return findings
+
+
+def _accounts(run: Run, commits: list[Commit], findings: Findings) -> None:
+    receipt = run.receipt
+    if receipt is None:
+        findings.problem("the run is not finished: there is no receipt; run the embed command again to finish it")
+    try:
+        reconcile(run.plan, commits)
+    except RunFailed as error:
+        findings.problem(str(error))
+        return
+    if receipt is None:
+        return
+    again = make_receipt(run.plan, commits, seconds_wall=0, versions={}, finished=0).to_dict()
+    told = receipt.to_dict()
+    for name in ("run_key", "space", "units", "rows_read", "rows_embedded", "rows_rejected", "rows_filtered", "rejects_by_reason", "tokens", "shard_bytes", "null_ids"):
+        if again[name] != told[name]:
+            findings.problem(f"the receipt says {name} {told[name]!r}, the commits make {again[name]!r}")
+    if receipt.null_ids:
+        findings.notes.append(f"{receipt.null_ids} rows have a null id")
+    for url, problem in receipt.bad_files.items():
+        findings.notes.append(f"left out: {url} {problem}")
+
+
+def _files(run: Run, commits: list[Commit], findings: Findings) -> None:
+    sizes = {entry.path: entry.size for directory in (DATA, REJECTS) for entry in run.storage.list(directory)}
+    named = {path: size for c in commits for path, size in ((c.shard, c.shard_bytes), (c.rejects, c.rejects_bytes)) if path}
+    for path, size in named.items():
+        if path not in sizes:
+            findings.problem(f"{path} is named by a commit but is not there")
+        elif sizes[path] != size:
+            findings.problem(f"{path} has {sizes[path]} bytes, its commit says {size}")
+    if run.receipt is not None:
+        for path in sorted(set(sizes) - set(named)):
+            findings.problem(f"{path} is named by no commit")
+
+
+def _chosen(commits: list[Commit], level: Level) -> list[Commit]:
+    if level == "full":
+        return commits
+    count = min(len(commits), max(SAMPLE_LEAST, int(len(commits) * SAMPLE_SHARE)))
+    return [commits[int(place)] for place in np.linspace(0, len(commits) - 1, count)] if commits else []
+
+
+def _table(run: Run, path: str, sha256: str, findings: Findings) -> pa.Table | None:
+    try:
+        data = run.storage.read(path)
+    except NotFound:
+        return None  # Already a finding of ``_files``.
+    if hashlib.sha256(data).hexdigest() != sha256:
+        findings.problem(f"{path} does not have the checksum of its commit: its content changed")
+        return None
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        findings.problem(f"{path} cannot be read: {error}")
+        return None
+
+
+def _unit(run: Run, commit: Commit, findings: Findings, ids: _IdCounter | None) -> None:
+    seen = np.zeros(commit.rows, np.int8)
+    for path, sha256, count in ((commit.shard, commit.shard_sha256, commit.embedded), (commit.rejects, commit.rejects_sha256, commit.rejected)):
+        if path is None:
+            if count:
+                findings.problem(f"commit {commit.unit} counts {count} rows but names no file for them")
+            continue
+        table = _table(run, path, sha256, findings)
+        if table is None:
+            return
+        metadata = schema.metadata_of(table.schema)
+        for name, wanted in (("run_key", run.plan.run_key), ("space", run.plan.space_digest), ("unit", commit.unit), ("attempt", commit.attempt)):
+            if metadata.get(name) != wanted:
+                findings.problem(f"{path}: its metadata has {name} {metadata.get(name)!r}, the run has {wanted!r}")
+        if table.num_rows != count:
+            findings.problem(f"{path} has {table.num_rows} rows, its commit says {count}")
+        if not (table["source_file"].to_numpy() == commit.file).all():
+            findings.problem(f"{path} has rows of another source file")
+        rows = table["source_row"].to_numpy() - commit.start
+        inside = (rows >= 0) & (rows < commit.rows)
+        if not inside.all():
+            findings.problem(f"{path} has rows outside its unit {commit.unit}")
+        np.add.at(seen, rows[inside], 1)
+        if path == commit.shard:
+            _vectors(run, path, table, findings)
+            if ids is not None:
+                ids.add(table["id"])
+    if (seen > 1).any():
+        findings.problem(f"unit {commit.unit}: source row {commit.start + int(np.argmax(seen > 1))} stands twice in data and rejects")
+    if int((seen == 0).sum()) != commit.filtered:
+        findings.problem(f"unit {commit.unit}: {int((seen == 0).sum())} source rows are neither in data nor in rejects, {commit.filtered} were filtered out")
+
+
+def _vectors(run: Run, path: str, table: pa.Table, findings: Findings) -> None:
+    type_ = table.schema.field("embedding").type
+    if not pa.types.is_fixed_size_list(type_) or type_.list_size != run.plan.dimension:
+        findings.problem(f"{path}: embedding is {type_}, the run writes {run.plan.dimension} dimensions of {run.plan.dtype}")
+        return
+    vectors = schema.vectors_of(table["embedding"])
+    source_rows = table["source_row"]
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        findings.problem(f"{path}: {int((~finite).sum())} vectors hold NaN or infinity, that of source row {source_rows[int(np.argmin(finite))]} among them")
+    norms = np.linalg.norm(np.where(finite[:, None], vectors, 0), axis=1)
+    if (norms[finite] == 0).any():
+        findings.problem(f"{path}: {int((norms[finite] == 0).sum())} vectors are zero")
+    if run.plan.representation.normalize:
+        off = finite & (norms > 0) & (np.abs(norms - 1) > NORM_TOLERANCE[run.plan.dtype])
+        if off.any():
+            findings.problem(f"{path}: {int(off.sum())} vectors are not normalised, that of source row {source_rows[int(np.argmax(off))]} has norm {norms[int(np.argmax(off))]:.4f}")
+
+
+class _IdCounter:
+    """Tells ids that stand more than once, with 16 bytes of disk an id and one partition in memory at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._paths = [directory / f"{partition:02d}" for partition in range(ID_PARTITIONS)]
+
+    def add(self, ids: pa.ChunkedArray) -> None:
+        digests = b"".join(_id_digest(value) for value in ids.to_pylist() if value is not None)
+        array = np.frombuffer(digests, dtype="V16")
+        first = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)[:, 0] % ID_PARTITIONS
+        for partition in np.unique(first):
+            with open(self._paths[partition], "ab") as file:
+                file.write(array[first == partition].tobytes())
+
+    def duplicates(self) -> int:
+        """How many ids stand in several rows."""
+        count = 0
+        for path in self._paths:
+            if not path.exists():
+                continue
+            pairs = np.fromfile(path, dtype=[("high", np.uint64), ("low", np.uint64)])
+            pairs.sort(order=["high", "low"])
+            same = pairs[1:] == pairs[:-1]
+            firsts = same & ~np.concatenate([[False], same[:-1]])
+            count += int(firsts.sum())
+        return count
+
+
+def _id_digest(value: Any) -> bytes:
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).digest()
+
+
+def _compare(run: Run, against: list[str], findings: Findings) -> None:
+    """Reads the corpus again: same files, same rows, and each row's id in data or rejects."""
+    access = run.storage.access
+    found = corpus_files.discover(against, access)
+    planned = [file for file in run.plan.files if file.problem is None]
+    by_url = {file.url: file for file in found}
+    pairs = [(file, by_url.get(file.url)) for file in planned]
+    if all(other is None for _, other in pairs) and len(found) == len(run.plan.files):
+        pairs = [(file, found[file.index]) for file in planned]  # The same corpus in another place: by order.
+    for extra in sorted({file.url for file in found} - {other.url for _, other in pairs if other} - {file.url for file in run.plan.bad_files}):
+        findings.problem(f"{redact(extra)} is in the corpus but not in the run")
+    commits = {commit.unit: commit for commit in run.commits}
+    total = 0
+    for file, other in pairs:
+        if other is None:
+            findings.problem(f"{redact(file.url)} is in the run but not in the corpus")
+            continue
+        here = replace(file, url=other.url, size=other.size, version=other.version)
+        footer = corpus_files.footers([other], access)[0]
+        if isinstance(footer, str):
+            findings.problem(f"{redact(other.url)} {footer}")
+            continue
+        limit = run.plan.corpus["limit_rows"]
+        if footer.group_rows != file.group_rows or (limit is None and footer.rows != file.rows):
+            findings.problem(f"{redact(other.url)} has {footer.rows} rows in {len(footer.group_rows)} row groups, the run was planned for {file.rows} in {len(file.group_rows)}")
+            continue
+        total += file.rows
+        if not run.plan.selection.id:
+            continue
+        for piece in here.pieces():
+            wanted = frozenset(unit.name for unit in piece.units)
+            try:
+                for unit, table in read_units(here, piece, run.plan.selection, access, wanted):
+                    _compare_ids(run, commits.get(unit.name), column(table, run.plan.selection.id), findings)
+            except LlmembError as error:
+                findings.problem(str(error))
+    findings.against_rows = total
+    if not run.plan.selection.id:
+        findings.notes.append("the run has no id column: the corpus was compared by files and row counts alone")
+
+
+def _compare_ids(run: Run, commit: Commit | None, source: pa.ChunkedArray, findings: Findings) -> None:
+    if commit is None:
+        return  # Already a finding of ``_accounts``.
+    wanted = source.to_pylist()
+    for path, as_text in ((commit.shard, False), (commit.rejects, True)):
+        if path is None:
+            continue
+        for row, id_ in _rows_and_ids(run, path):
+            expected = wanted[row - commit.start] if 0 <= row - commit.start < len(wanted) else None
+            if id_ != (str(expected) if as_text and expected is not None else expected):
+                findings.problem(f"{path}: source row {row} has id {id_!r}, the corpus has {expected!r} there")
+
+
+def _rows_and_ids(run: Run, path: str) -> Iterator[tuple[int, Any]]:
+    try:
+        with run.storage.open(path) as reader:
+            table = pq.read_table(reader, columns=["source_row", "id"])
+    except NotFound:
+        return
+    yield from zip(table["source_row"].to_pylist(), table["id"].to_pylist(), strict=True)

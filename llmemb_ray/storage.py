@@ -1,0 +1,376 @@
+"""The one place that opens a file system.
+
+Invariant: an object is either absent or whole under its final name. A local file is written beside
+its name, synced and renamed; an object store gets one PUT. Every operation that can fail for a passing
+reason is retried with exponential back-off and jitter, and every retry is counted. URLs are redacted
+before they stand in a message. This module knows nothing of runs, shards or models.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import posixpath
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import fsspec
+import tenacity
+
+from llmemb_ray.errors import ConfigError, NotFound, StorageError
+
+T = TypeVar("T")
+
+LIST_THREADS = 32
+"""Threads for operations over many small objects; object stores answer in tens of milliseconds."""
+
+SINGLE_PUT_BYTES = 4 * 2**30
+"""Below this an object goes in one PUT (S3 allows 5 GiB); above it fsspec's multipart, which aborts on failure."""
+
+_PERMANENT_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
+_PERMANENT_OS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_CLIENT_MODULES = ("aiohttp", "botocore", "urllib3", "requests", "google.api_core", "azure.core")
+_CREDENTIALS = re.compile(r"Credential|AccessDenied|Forbidden|InvalidAccessKey|SignatureDoesNotMatch", re.I)
+_TEMPORARY_NAME = re.compile(r"\.tmp-[0-9a-f]{12}$")
+
+
+class RetryCounter:
+    """Counts retries of this process; ``take`` returns and resets, so that each attempt reports its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def take(self) -> int:
+        with self._lock:
+            count, self._count = self._count, 0
+            return count
+
+
+RETRIES = RetryCounter()
+
+
+def redact(url: str) -> str:
+    """The URL without user, password and query string, fit for a message or a record."""
+    url = re.sub(r"://[^/@]*@", "://", url)
+    return url.split("?", 1)[0] if "://" in url else url
+
+
+def absolute(url: str) -> str:
+    """Local paths absolute, URLs without a closing slash. Raises ConfigError for credentials inside a URL."""
+    if "://" not in url:
+        return os.path.abspath(os.path.expanduser(url))
+    if re.search(r"://[^/]*@", url):
+        raise ConfigError(f"{redact(url)}: credentials do not belong in a URL; give them by environment, profile or storage_options")
+    return url.rstrip("/")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: throttling, resets and time-outs, but not a missing file or a full disk."""
+    if isinstance(error, _PERMANENT_OS):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in _PERMANENT_ERRNO and not _CREDENTIALS.search(str(error))
+    if isinstance(error, TimeoutError):
+        return True
+    module = type(error).__module__ or ""
+    return module.startswith(_CLIENT_MODULES) and not _CREDENTIALS.search(type(error).__name__ + str(error))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One object: ``path`` as its file system names it, ``size`` in bytes, ``version`` changes with the content."""
+
+    path: str
+    size: int
+    version: str
+
+
+def _version(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "generation"):
+        if info.get(key):
+            return f"etag:{str(info[key]).strip(chr(34))}"
+    modified = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("last_modified")
+    return f"mtime:{modified}"
+
+
+@dataclass(kw_only=True)
+class Access:
+    """How to reach storage: endpoint and fsspec options. May hold secrets: never printed, never recorded."""
+
+    endpoint_url: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    retry_seconds: float = 300.0
+    """How long an operation is retried before it fails for good."""
+
+    def __repr__(self) -> str:
+        return f"Access(endpoint_url={self.endpoint_url and redact(self.endpoint_url)!r})"
+
+    def options_for(self, protocol: str) -> dict[str, Any]:
+        options = dict(self.options)
+        if protocol in ("s3", "s3a"):
+            endpoint = self.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            if endpoint:
+                options.setdefault("endpoint_url", endpoint)
+                # S3-compatible stores often refuse botocore's newer default checksums; AWS itself accepts both.
+                config = dict(options.get("config_kwargs", {}))
+                config.setdefault("request_checksum_calculation", "when_required")
+                config.setdefault("response_checksum_validation", "when_required")
+                options["config_kwargs"] = config
+        return options
+
+
+_OPENED: dict[tuple[str, str], Storage] = {}
+
+
+def locate(url: str, access: Access) -> tuple[Storage, str]:
+    """The storage of a file's directory, opened once a process, and the file's name there."""
+    parent, name = posixpath.split(url)
+    key = (parent, json.dumps([access.endpoint_url, access.options, access.retry_seconds], sort_keys=True, default=str))
+    if key not in _OPENED:
+        _OPENED[key] = Storage(parent or "/", access)
+    return _OPENED[key], name
+
+
+class Storage:
+    """A directory or prefix on one file system; ``path`` arguments are relative to it.
+
+    Raises ``StorageError`` (``NotFound`` where nothing is there) with the redacted URL. Can be pickled:
+    the file system is opened again in the process that unpickles it.
+    """
+
+    def __init__(self, url: str, access: Access | None = None) -> None:
+        self.access = access or Access()
+        self._url = url
+        self._open()
+
+    def _open(self) -> None:
+        protocol, _ = fsspec.core.split_protocol(self._url)
+        options = self.access.options_for(protocol or "file")
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self._url, use_listings_cache=False, **options)
+        except (ImportError, ValueError, TypeError) as error:
+            raise StorageError(f"cannot open {redact(self._url)}: {error}") from error
+        self.root = self.root.rstrip("/") or "/"
+        protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
+        self._local = getattr(self.fs, "local_file", False) or "file" in protocols
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self._url, "access": self.access}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.access, self._url = state["access"], state["url"]
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    @property
+    def url(self) -> str:
+        return redact(self._url)
+
+    @property
+    def is_local(self) -> bool:
+        return bool(self._local)
+
+    def child(self, path: str) -> Storage:
+        return Storage(posixpath.join(self._url.rstrip("/"), path), self.access)
+
+    def full(self, path: str) -> str:
+        return posixpath.join(self.root, path) if path else self.root
+
+    def display(self, path: str) -> str:
+        return posixpath.join(self.url.rstrip("/"), path) if path else self.url
+
+    def attempt(self, what: str, path: str, call: Callable[[], T]) -> T:
+        """Runs one storage operation with retries; turns its last error into a ``StorageError``."""
+
+        def count(_: tenacity.RetryCallState) -> None:
+            RETRIES.add()
+
+        try:
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception(is_transient),
+                wait=tenacity.wait_random_exponential(multiplier=0.2, max=15),
+                stop=tenacity.stop_after_delay(self.access.retry_seconds),
+                before_sleep=count,
+                reraise=True,
+            )(call)
+        except FileNotFoundError as error:
+            raise NotFound(f"nothing found at {self.display(path)}") from error
+        except PermissionError as error:
+            raise StorageError(
+                f"no permission to {what} {self.display(path)}: {_reason(error)}; check the credentials and the bucket policy or file mode"
+            ) from error
+        except OSError as error:
+            way_out = "; free some space and run the same command again, it resumes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise StorageError(f"cannot {what} {self.display(path)}: {_reason(error)}{way_out}") from error
+        except Exception as error:
+            if (type(error).__module__ or "").startswith(_CLIENT_MODULES):
+                raise StorageError(f"cannot {what} {self.display(path)}: {type(error).__name__}: {_reason(error)}") from error
+            raise
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        return self.attempt("read", path, lambda: self.fs.cat_file(self.full(path)))
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        return self.attempt("read", path, lambda: self.fs.cat_file(self.full(path), start=start, end=end))
+
+    def info(self, path: str = "") -> Entry:
+        info = self.attempt("look at", path, lambda: self.fs.info(self.full(path)))
+        if info["type"] == "directory":
+            raise NotFound(f"{self.display(path)} is a directory, not a file")
+        return Entry(path=path, size=int(info["size"]), version=_version(info))
+
+    def exists(self, path: str = "") -> bool:
+        return self.attempt("look at", path, lambda: bool(self.fs.exists(self.full(path))))
+
+    def is_directory(self, path: str = "") -> bool:
+        return self.attempt("look at", path, lambda: bool(self.fs.isdir(self.full(path))))
+
+    def list(self, path: str = "", *, recursive: bool = True) -> list[Entry]:
+        """Every file under ``path``, sorted by name, with paths relative to this storage; [] if there is none."""
+        depth = None if recursive else 1
+
+        def find() -> dict[str, dict[str, Any]]:
+            try:
+                found = self.fs.find(self.full(path), maxdepth=depth, detail=True)
+            except FileNotFoundError:
+                return {}
+            return found if isinstance(found, dict) else {}
+
+        infos = self.attempt("list", path, find)
+        prefix = self.root.rstrip("/") + "/"
+        return [
+            Entry(path=name.removeprefix(prefix), size=int(info.get("size") or 0), version=_version(info))
+            for name, info in sorted(infos.items())
+            if info.get("type") != "directory" and name != self.full(path).rstrip("/") + "/"
+        ]
+
+    def glob(self, pattern: str) -> list[Entry]:
+        """The files that match ``pattern``, itself relative to this storage (``*``, ``**``, ``?``, ``[]``)."""
+        infos = self.attempt("list", pattern, lambda: self.fs.glob(self.full(pattern), detail=True))
+        prefix = self.root.rstrip("/") + "/"
+        return [
+            Entry(path=name.removeprefix(prefix), size=int(info.get("size") or 0), version=_version(info))
+            for name, info in sorted(infos.items())
+            if info.get("type") != "directory"
+        ]
+
+    def open(self, path: str, size: int | None = None) -> io.BufferedReader:
+        """A seekable binary reader whose every range is fetched with retries; close it after use."""
+        raw = _RangeReader(self, path, self.info(path).size if size is None else size)
+        return io.BufferedReader(raw, buffer_size=64 * 1024 if self._local else 2**20)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def put(self, path: str, data: bytes | memoryview) -> None:
+        """Writes the whole object at once; what was there before stays until the new one is whole and durable."""
+        target = self.full(path)
+
+        def store() -> None:
+            if not self._local:
+                self.fs.pipe_file(target, bytes(data), **({"chunksize": SINGLE_PUT_BYTES} if _is_s3(self.fs) else {}))
+                return
+            temporary = f"{target}.tmp-{uuid.uuid4().hex[:12]}"
+            self.fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            try:
+                self.fs.pipe_file(temporary, data)
+                _sync(temporary)
+                self.fs.mv(temporary, target)
+                _sync(posixpath.dirname(target))
+            except OSError:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+                raise
+
+        self.attempt("write", path, store)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Deletes the objects; one that is already gone is no error."""
+
+        def remove(path: str) -> None:
+            try:
+                self.attempt("delete", path, lambda: self.fs.rm_file(self.full(path)))
+            except NotFound:
+                return
+
+        _ = self.map(remove, list(paths))
+
+    def delete_tree(self, path: str) -> None:
+        self.delete([entry.path for entry in self.list(path)])
+        if self._local and self.exists(path):
+            self.attempt("delete", path, lambda: self.fs.rm(self.full(path), recursive=True))
+
+    def map(self, function: Callable[[str], T], paths: list[str]) -> list[T]:
+        """``function`` over many paths from a pool of threads, results in order; the first error is raised."""
+        if len(paths) < 2:
+            return [function(path) for path in paths]
+        with ThreadPoolExecutor(max_workers=min(LIST_THREADS, len(paths))) as pool:
+            return list(pool.map(function, paths))
+
+
+def is_temporary(path: str) -> bool:
+    """Whether this is what an interrupted local write left behind."""
+    return bool(_TEMPORARY_NAME.search(path))
+
+
+def _is_s3(fs: Any) -> bool:
+    return "s3" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return redact(str(error)) or type(error).__name__
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _RangeReader(io.RawIOBase):
+    """Random access by stateless range requests, so that each can be tried again by itself."""
+
+    def __init__(self, storage: Storage, path: str, size: int) -> None:
+        self._storage, self._path, self._size, self._position = storage, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
+            return 0
+        data = self._storage.read_range(self._path, self._position, end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
