@@ -31,7 +31,10 @@ class RunSettings(StorageSettings):
     run: str = config.setting(..., "Directory or URL prefix of a run.", panel="Run", argument=True)
 
 
-def options_of(settings: type[Settings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+Decorator = Callable[[Callable[..., Any]], Any]
+
+
+def options_of(settings: type[Settings]) -> Decorator:
     """Adds an option, or an argument, for each field of a settings model, and the options that every such command has."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +52,7 @@ def options_of(settings: type[Settings]) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def _parameter(name: str, field: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _parameter(name: str, field: Any) -> Decorator:
     extra = field.json_schema_extra or {}
     many = get_origin(field.annotation) is list
     if extra.get("argument"):
@@ -77,12 +80,14 @@ def _parameter(name: str, field: Any) -> Callable[[Callable[..., Any]], Callable
     return click.option(flag, name, type=numbers.get(bare, str), default=None, help=help_)
 
 
-def _one_flag_a_choice(name: str, choices: Sequence[str], help_: str, default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _one_flag_a_choice(name: str, choices: Sequence[str], help_: str, default: str) -> Decorator:
     texts = dict(part.strip().split(": ", 1) for part in help_.rstrip(".").split("; "))
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for choice in reversed(choices):
-            command = click.option(f"--{choice}", name, flag_value=choice, type=str, default=None, help=f"Check {texts[choice]}." + (" [default]" if choice == default else ""))(command)
+            command = click.option(
+                f"--{choice}", name, flag_value=choice, type=str, default=None, help=f"Check {texts[choice]}." + (" [default]" if choice == default else "")
+            )(command)
         return command
 
     return decorate
@@ -172,11 +177,13 @@ def status(settings: RunSettings, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(state, indent=1))
         return
-    lines = {"run": state["run"], "state": state["state"], "model": state["model"], "units": f"{state['units_done']:,} of {state['units']:,} committed", "rows": f"{state['rows']:,}"}
+    lines = {"run": state["run"], "state": state["state"], "model": state["model"], "rows": f"{state['rows']:,}"}
+    lines["units"] = f"{state['units_done']:,} of {state['units']:,} committed"
     if state["progress"]:
         progress, driver = state["progress"], state["driver"]
         lines["driver"] = f"process {driver['pid']} on {driver['host']}, heartbeat {driver['heartbeat_age_s']:.0f} s ago"
-        lines["progress"] = f"{progress['rows']:,} rows, {progress['rows_per_s']:,.0f} rows/s, {progress['tokens_per_s']:,.0f} tokens/s, {progress['rejects']:,} rejects, {progress['actors']} actors"
+        rates = f"{progress['rows_per_s']:,.0f} rows/s, {progress['tokens_per_s']:,.0f} tokens/s"
+        lines["progress"] = f"{progress['rows']:,} rows, {rates}, {progress['rejects']:,} rejects, {progress['actors']} actors"
     if state["state"] == "stopped":
         lines["to continue"] = "run the same embed command again"
     if state["receipt"]:

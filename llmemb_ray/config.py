@@ -52,7 +52,9 @@ class Settings(BaseModel):
 
 class StorageSettings(Settings):
     endpoint_url: str | None = setting(None, "Endpoint of an S3-compatible store; else AWS_ENDPOINT_URL.", panel="Storage")
-    storage_options: dict[str, Any] = setting({}, "Options for fsspec's file system, as --set storage_options.NAME=VALUE. Never recorded.", panel="Storage")
+    storage_options: dict[str, Any] = setting(
+        {}, "Options for fsspec's file system, in YAML or as --set storage_options.NAME=VALUE. Never recorded.", panel="Storage"
+    )
     storage_retry_seconds: float = setting(300.0, "How long a storage operation is retried before it fails.", panel="Storage", gt=0)
 
     @property
@@ -67,7 +69,9 @@ class ModelSettings(StorageSettings):
     revision: str | None = setting(None, "Branch, tag or commit of a hub model; resolved to a commit once.", panel="Model")
     adapter: str | None = setting(None, "PEFT adapter: hub id, directory or URL.", panel="Model")
     backend: Literal["auto", "hf"] = setting("auto", "Engine: hf is transformers.", panel="Model")
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Precision of the model; auto is bfloat16 on CUDA, else float32.", panel="Model")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision of the model; auto is bfloat16 on CUDA, else float32.", panel="Model"
+    )
     quantization: Literal["none", "nf4", "llm.int8"] = setting("none", "Weights in 4 bits (nf4) or 8 bits (llm.int8), through bitsandbytes.", panel="Model")
     token_budget: int | None = setting(None, "Tokens in one forward pass; found while working if not given.", panel="Model", ge=1)
     trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
@@ -82,7 +86,9 @@ class ModelSettings(StorageSettings):
     layer: int = setting(-1, "Hidden layer; -1 is the state after the final norm.", panel="Representation")
     normalize: bool = setting(True, "Divide vectors by their L2 norm.", panel="Representation")
     dimensions: int | None = setting(None, "Keep the first N dimensions.", panel="Representation", ge=1)
-    max_tokens: int | None = setting(None, "Longest prompt in tokens; the text of a longer one is cut. Default: the model's positions, at most 4096.", panel="Representation", ge=1)
+    max_tokens: int | None = setting(
+        None, "Longest prompt in tokens; the text of a longer one is cut. Default: the model's positions, at most 4096.", panel="Representation", ge=1
+    )
     append_eos: bool | None = setting(None, "End prompts with the EOS token; default: for prompt e5.", panel="Representation")
     role: Role = setting("document", "Role in which texts are embedded.", panel="Representation")
 
@@ -127,7 +133,9 @@ class EmbedSettings(ModelSettings):
     reject_floor: int = setting(10, "So many rejected rows never fail a run, however small it is.", panel="Output", ge=0)
     rows_per_unit: int | None = setting(None, "Rows in a unit; default: about a minute of one actor, at most 128 MB.", panel="Output", ge=1)
 
-    actors: str = setting("auto", "Actors that hold a model: N, MIN:MAX, auto (all GPUs, or a few per CPU node), or 0 for this process without Ray.", panel="Cluster")
+    actors: str = setting(
+        "auto", "Actors that hold a model: N, MIN:MAX, auto (all GPUs, or a few per CPU node), or 0 for this process without Ray.", panel="Cluster"
+    )
     gpus_per_actor: float | None = setting(None, "GPUs of an actor; default 1 where the cluster has GPUs, else 0.", panel="Cluster", ge=0)
     cpus_per_actor: float | None = setting(None, "CPU cores of an actor; default: most of a CPU node, at most 8.", panel="Cluster", gt=0)
     max_attempts: int = setting(3, "Attempts at a unit whose actor dies before it is halved to find the row at fault.", panel="Cluster", ge=1)
@@ -163,7 +171,9 @@ class VerifySettings(StorageSettings):
     """The check of a run from its files alone."""
 
     run: str = setting(..., "Directory or URL prefix of a run.", panel="Check", argument=True)
-    level: Literal["quick", "sample", "full"] = setting("full", "quick: names, sizes and counts; sample: also the contents of some units; full: all contents.", panel="Check", flags=True)
+    level: Literal["quick", "sample", "full"] = setting(
+        "full", "quick: names, sizes and counts; sample: also the contents of some units; full: all contents.", panel="Check", flags=True
+    )
     against: list[str] = setting([], "Compare with the corpus itself: its files, rows and ids.", panel="Check")
     allow_duplicate_ids: bool = setting(False, "Report ids that stand in several rows without failing.", panel="Check")
 

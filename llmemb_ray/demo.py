@@ -9,11 +9,15 @@ vectors. It finds shared words and knows nothing of meaning.
 from __future__ import annotations
 
 import ast
+import importlib.util
+import inspect
 import math
 import shlex
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES as _SUFFIXES
 from pathlib import Path
 
 import click
@@ -27,6 +31,7 @@ FILES = 4
 """Parquet files of the corpus."""
 
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip", "turtledemo"}
+EXTENSION_SUFFIXES = tuple(_SUFFIXES)
 QUERIES = ("read a csv file", "compress data with gzip", "send an email over smtp")
 
 VOCABULARY = 16384
@@ -61,9 +66,34 @@ def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
             yield from _documented(child, f"{name}.{child.name}")
 
 
+def compiled_docstrings() -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of the modules written in C and their public functions, classes and methods."""
+    for name in sorted(sys.stdlib_module_names):
+        if name.startswith(("_test", "_xx", "xx", "_tkinter", "_ctypes_test")):
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or not (spec.origin == "built-in" or str(spec.origin).endswith(EXTENSION_SUFFIXES)):
+            continue
+        module = importlib.import_module(name)
+        yield from _inspected(module, name)
+
+
+def _inspected(holder: object, name: str) -> Iterator[tuple[str, str]]:
+    text = inspect.getdoc(holder)
+    if text:
+        yield name, text
+    for key, value in sorted(vars(holder).items()):
+        if key.startswith("_"):
+            continue
+        if inspect.isclass(value) and inspect.ismodule(holder):
+            yield from _inspected(value, f"{name}.{key}")
+        elif inspect.isroutine(value) and value.__doc__:
+            yield f"{name}.{key}", inspect.cleandoc(value.__doc__)
+
+
 def make_corpus(directory: Path) -> list[str]:
     """Writes the corpus (columns id, text) as Parquet files and returns the texts."""
-    rows = dict(docstrings(Path(sysconfig.get_path("stdlib"))))
+    rows = dict(compiled_docstrings()) | dict(docstrings(Path(sysconfig.get_path("stdlib"))))
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted(rows)
     size = -(-len(names) // FILES)
@@ -76,16 +106,18 @@ def make_corpus(directory: Path) -> list[str]:
 def make_model(directory: Path, texts: list[str], *, seed: int = 0) -> None:
     """Makes the model and its tokenizer out of the texts and a seed, and saves them as any transformers model is."""
     import torch
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, trainers
     from tokenizers import models as token_models
-    from tokenizers import normalizers, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    from llmemb_ray.embedders.models import quiet_transformers
 
     tokenizer = Tokenizer(token_models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=True)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     seen = Counter(token for encoding in tokenizer.encode_batch(texts) for token in set(encoding.ids))
     vocabulary = tokenizer.get_vocab_size()
@@ -121,7 +153,8 @@ def make_model(directory: Path, texts: list[str], *, seed: int = 0) -> None:
         content[[constant, rare]] = 0.0
         layer.self_attn.v_proj.weight.copy_(torch.diag(content))
         layer.self_attn.o_proj.weight.copy_(torch.eye(HIDDEN) * ATTENTION_SCALE)
-    model.save_pretrained(directory)
+    with quiet_transformers():
+        model.save_pretrained(directory)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=POSITIONS).save_pretrained(directory)
 
 

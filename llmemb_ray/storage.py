@@ -8,6 +8,8 @@ before they stand in a message. This module knows nothing of runs, shards or mod
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import errno
 import io
 import json
@@ -16,13 +18,14 @@ import posixpath
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import fsspec
 import tenacity
+from fsspec.utils import glob_translate
 
 from llmemb_ray.errors import ConfigError, NotFound, StorageError
 
@@ -37,7 +40,10 @@ SINGLE_PUT_BYTES = 4 * 2**30
 _PERMANENT_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
 _PERMANENT_OS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _CLIENT_MODULES = ("aiohttp", "botocore", "urllib3", "requests", "google.api_core", "azure.core")
-_CREDENTIALS = re.compile(r"Credential|AccessDenied|Forbidden|InvalidAccessKey|SignatureDoesNotMatch", re.I)
+_CREDENTIALS = re.compile(r"Credential|AccessDenied|Forbidden|InvalidAccessKey|SignatureDoesNotMatch|ProfileNotFound", re.I)
+_USAGE = re.compile(r"ParamValidation|InvalidBucketName|Invalid bucket name|InvalidEndpoint|NoSuchBucket", re.I)
+_USER_INFO = re.compile(r"((?<!abfs)(?<!abfss)://)[^/]*@|(://)[^/:]*:[^/]*@")
+"""User and password in a URL; ``abfs://container@account`` is neither."""
 _TEMPORARY_NAME = re.compile(r"\.tmp-[0-9a-f]{12}$")
 
 
@@ -63,15 +69,17 @@ RETRIES = RetryCounter()
 
 def redact(url: str) -> str:
     """The URL without user, password and query string, fit for a message or a record."""
-    url = re.sub(r"://[^/@]*@", "://", url)
-    return url.split("?", 1)[0] if "://" in url else url
+    url = _USER_INFO.sub("://", url)
+    if url.startswith(("http://", "https://")):
+        return url.split("?", 1)[0]
+    return re.sub(r"\?[^/?]*=.*", "", url) if "://" in url else url
 
 
 def absolute(url: str) -> str:
     """Local paths absolute, URLs without a closing slash. Raises ConfigError for credentials inside a URL."""
     if "://" not in url:
         return os.path.abspath(os.path.expanduser(url))
-    if re.search(r"://[^/]*@", url):
+    if _USER_INFO.search(url):
         raise ConfigError(f"{redact(url)}: credentials do not belong in a URL; give them by environment, profile or storage_options")
     return url.rstrip("/")
 
@@ -81,11 +89,12 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, _PERMANENT_OS):
         return False
     if isinstance(error, OSError):
-        return error.errno not in _PERMANENT_ERRNO and not _CREDENTIALS.search(str(error))
+        return error.errno not in _PERMANENT_ERRNO and not _CREDENTIALS.search(str(error)) and not _USAGE.search(str(error))
     if isinstance(error, TimeoutError):
         return True
     module = type(error).__module__ or ""
-    return module.startswith(_CLIENT_MODULES) and not _CREDENTIALS.search(type(error).__name__ + str(error))
+    shown = type(error).__name__ + str(error)
+    return module.startswith(_CLIENT_MODULES) and not _CREDENTIALS.search(shown) and not _USAGE.search(shown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +129,15 @@ class Access:
     def options_for(self, protocol: str) -> dict[str, Any]:
         options = dict(self.options)
         if protocol in ("s3", "s3a"):
+            config = dict(options.get("config_kwargs", {}))
+            config.setdefault("retries", {"max_attempts": 0})  # Ours retries, for longer, and counts.
             endpoint = self.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             if endpoint:
                 options.setdefault("endpoint_url", endpoint)
                 # S3-compatible stores often refuse botocore's newer default checksums; AWS itself accepts both.
-                config = dict(options.get("config_kwargs", {}))
                 config.setdefault("request_checksum_calculation", "when_required")
                 config.setdefault("response_checksum_validation", "when_required")
-                options["config_kwargs"] = config
+            options["config_kwargs"] = config
         return options
 
 
@@ -137,6 +147,8 @@ _OPENED: dict[tuple[str, str], Storage] = {}
 def locate(url: str, access: Access) -> tuple[Storage, str]:
     """The storage of a file's directory, opened once a process, and the file's name there."""
     parent, name = posixpath.split(url)
+    if parent.endswith(":"):  # A bucket's root has no parent to be named in.
+        parent, name = url, ""
     key = (parent, json.dumps([access.endpoint_url, access.options, access.retry_seconds], sort_keys=True, default=str))
     if key not in _OPENED:
         _OPENED[key] = Storage(parent or "/", access)
@@ -162,6 +174,8 @@ class Storage:
             self.fs, self.root = fsspec.core.url_to_fs(self._url, use_listings_cache=False, **options)
         except (ImportError, ValueError, TypeError) as error:
             raise StorageError(f"cannot open {redact(self._url)}: {error}") from error
+        if _is_s3(self.fs):
+            self.fs.retries = 1  # Ours counts.
         self.root = self.root.rstrip("/") or "/"
         protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
         self._local = getattr(self.fs, "local_file", False) or "file" in protocols
@@ -208,6 +222,8 @@ class Storage:
                 reraise=True,
             )(call)
         except FileNotFoundError as error:
+            if what == "write":
+                raise StorageError(f"cannot write {self.display(path)}: there is no such bucket or directory; create it first") from error
             raise NotFound(f"nothing found at {self.display(path)}") from error
         except PermissionError as error:
             raise StorageError(
@@ -218,16 +234,18 @@ class Storage:
             raise StorageError(f"cannot {what} {self.display(path)}: {_reason(error)}{way_out}") from error
         except Exception as error:
             if (type(error).__module__ or "").startswith(_CLIENT_MODULES):
-                raise StorageError(f"cannot {what} {self.display(path)}: {type(error).__name__}: {_reason(error)}") from error
+                reason = f"{type(error).__name__}: {_reason(error)}"
+                way_out = "; give credentials by environment, profile or storage_options" if _CREDENTIALS.search(reason) else ""
+                raise StorageError(f"cannot {what} {self.display(path)}: {reason}{way_out}") from error
             raise
 
     # -- reading -----------------------------------------------------------------------------------
 
     def read(self, path: str) -> bytes:
-        return self.attempt("read", path, lambda: self.fs.cat_file(self.full(path)))
+        return self.attempt("read", path, lambda: bytes(self.fs.cat_file(self.full(path))))
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
-        return self.attempt("read", path, lambda: self.fs.cat_file(self.full(path), start=start, end=end))
+        return self.attempt("read", path, lambda: bytes(self.fs.cat_file(self.full(path), start=start, end=end)))
 
     def info(self, path: str = "") -> Entry:
         info = self.attempt("look at", path, lambda: self.fs.info(self.full(path)))
@@ -236,21 +254,28 @@ class Storage:
         return Entry(path=path, size=int(info["size"]), version=_version(info))
 
     def exists(self, path: str = "") -> bool:
-        return self.attempt("look at", path, lambda: bool(self.fs.exists(self.full(path))))
+        return self._type(path) is not None
 
     def is_directory(self, path: str = "") -> bool:
-        return self.attempt("look at", path, lambda: bool(self.fs.isdir(self.full(path))))
+        return self._type(path) == "directory"
 
-    def list(self, path: str = "", *, recursive: bool = True) -> list[Entry]:
+    def _type(self, path: str) -> str | None:
+        """From ``info``: fsspec's own ``exists`` and ``isdir`` answer no where the store cannot be reached."""
+        try:
+            return str(self.attempt("look at", path, lambda: self.fs.info(self.full(path))["type"]))
+        except NotFound:
+            return None
+
+    def list(self, path: str = "") -> list[Entry]:
         """Every file under ``path``, sorted by name, with paths relative to this storage; [] if there is none."""
-        depth = None if recursive else 1
 
         def find() -> dict[str, dict[str, Any]]:
             try:
-                found = self.fs.find(self.full(path), maxdepth=depth, detail=True)
+                if self._local:
+                    return {info["name"]: info for info in self._walk(self.full(path))}
+                return self.fs.find(self.full(path), detail=True)  # type: ignore[no-any-return]
             except FileNotFoundError:
                 return {}
-            return found if isinstance(found, dict) else {}
 
         infos = self.attempt("list", path, find)
         prefix = self.root.rstrip("/") + "/"
@@ -260,15 +285,27 @@ class Storage:
             if info.get("type") != "directory" and name != self.full(path).rstrip("/") + "/"
         ]
 
-    def glob(self, pattern: str) -> list[Entry]:
+    def _walk(self, directory: str) -> Iterator[dict[str, Any]]:
+        """Files below a local directory. fsspec's own ``find`` passes over what it cannot list, and does not follow links."""
+        try:
+            infos = self.fs.ls(directory, detail=True)
+        except FileNotFoundError:
+            return
+        for entry in infos:
+            info = entry
+            if entry.get("islink"):
+                with contextlib.suppress(FileNotFoundError):
+                    info = self.fs.info(entry["name"])
+            if info["type"] == "directory":
+                yield from self._walk(info["name"])
+            else:
+                yield info
+
+    def glob(self, pattern: str) -> builtins.list[Entry]:
         """The files that match ``pattern``, itself relative to this storage (``*``, ``**``, ``?``, ``[]``)."""
-        infos = self.attempt("list", pattern, lambda: self.fs.glob(self.full(pattern), detail=True))
-        prefix = self.root.rstrip("/") + "/"
-        return [
-            Entry(path=name.removeprefix(prefix), size=int(info.get("size") or 0), version=_version(info))
-            for name, info in sorted(infos.items())
-            if info.get("type") != "directory"
-        ]
+        fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+        matches = re.compile(glob_translate(pattern)).match
+        return [entry for entry in self.list(fixed) if matches(entry.path)]
 
     def open(self, path: str, size: int | None = None) -> io.BufferedReader:
         """A seekable binary reader whose every range is fetched with retries; close it after use."""
@@ -290,7 +327,7 @@ class Storage:
             try:
                 self.fs.pipe_file(temporary, data)
                 _sync(temporary)
-                self.fs.mv(temporary, target)
+                os.replace(temporary, target)  # fsspec's ``mv`` falls back to copying, which shows half a file.
                 _sync(posixpath.dirname(target))
             except OSError:
                 if os.path.exists(temporary):
@@ -315,7 +352,7 @@ class Storage:
         if self._local and self.exists(path):
             self.attempt("delete", path, lambda: self.fs.rm(self.full(path), recursive=True))
 
-    def map(self, function: Callable[[str], T], paths: list[str]) -> list[T]:
+    def map(self, function: Callable[[str], T], paths: Sequence[str]) -> builtins.list[T]:
         """``function`` over many paths from a pool of threads, results in order; the first error is raised."""
         if len(paths) < 2:
             return [function(path) for path in paths]

@@ -43,9 +43,13 @@ class Selection:
         if "{" not in self.text:
             return (self.text,) if self.text else ()
         try:
-            return tuple(field for _, field, _, _ in string.Formatter().parse(self.text) if field)
+            parts = list(string.Formatter().parse(self.text))
         except ValueError as error:
-            raise ConfigError(f"text_column: {self.text!r}: {error}") from error
+            raise ConfigError(f"text_column: {self.text!r}: {error}; write {{{{ and }}}} for literal braces") from error
+        for _, field, spec, conversion in parts:
+            if field == "" or spec or conversion:
+                raise ConfigError(f"text_column: {self.text!r}: a field is a column's name in braces and nothing else; write {{{{ and }}}} for literal braces")
+        return tuple(field for _, field, _, _ in parts if field)
 
     def columns(self, schema: pa.Schema, partitions: dict[str, Any]) -> list[str]:
         """The columns to read from a file with this schema; partition columns come from its path."""
@@ -65,15 +69,21 @@ class Selection:
         types: dict[str, pa.DataType] = {}
         for name in self.columns(schema, partitions):
             type_ = _column_type(schema, name)
-            if name in self.text_columns and "{" not in self.text and not _is_text(type_):
-                raise BadFile(f"column {name!r} is {type_}, not text; name a text column, or write it into a template such as '{{{name}}}'")
+            if name in self.text_columns and _is_list(type_):
+                raise BadFile(f"column {name!r} is {type_}, a list and not one text; join its items into a text column first")
             if name in self.text_columns and pa.types.is_nested(type_):
                 raise BadFile(f"column {name!r} is {type_}; name a field of it, such as {name}.FIELD")
+            if name in self.text_columns and "{" not in self.text and not _is_text(type_):
+                raise BadFile(f"column {name!r} is {type_}, not text; name a text column, or write it into a template such as '{{{name}}}'")
+            if name in self.text_columns:
+                try:
+                    pa.array([], _plain(type_)).cast(pa.string())
+                except pa.ArrowNotImplementedError as error:
+                    raise BadFile(f"column {name!r} is {type_}, which cannot be written as text; leave it out of the template") from error
             if name == self.id or name in self.keep:
                 types[name] = _plain(type_)
-        for name in (self.id, *self.keep):
-            if name in partitions:
-                types[name] = pa.int64() if isinstance(partitions[name], int) else pa.string()
+        for name in partitions.keys() & {self.id, *self.keep}:
+            types[name] = pa.int64() if isinstance(partitions[name], int) else pa.string()
         return types
 
     def texts(self, table: pa.Table) -> tuple[list[str | None], dict[int, tuple[str, str]]]:
@@ -95,14 +105,14 @@ class Selection:
                 else "".join(literal + (row[place[field]] or "" if field else "") for literal, field in parts).strip()
                 for row in rows
             ]
-        for row, text in enumerate(texts):
-            if row in problems:
-                texts[row] = None
+        for number, text in enumerate(texts):
+            if number in problems:
+                texts[number] = None
             elif text is None:
-                problems[row] = ("null", "the text is null")
+                problems[number] = ("null", "the text is null")
             elif not text.strip():
-                texts[row] = None
-                problems[row] = ("empty", "the text is empty or only white space")
+                texts[number] = None
+                problems[number] = ("empty", "the text is empty or only white space")
         return texts, problems
 
 
@@ -116,10 +126,10 @@ def filtered(table: pa.Table, condition: str) -> pa.Table:
     try:
         with duckdb.connect(config={"enable_external_access": "false"}) as connection:
             connection.register("corpus", numbered)
-            kept = connection.execute(f"SELECT __row FROM corpus WHERE {condition} ORDER BY __row").fetch_arrow_table()
+            kept = connection.execute(f"SELECT __row FROM corpus WHERE {condition} ORDER BY __row").fetchnumpy()["__row"]  # noqa: S608 - the user's own condition
     except duckdb.Error as error:
         raise ConfigError(f"filter: {condition!r}: {str(error).splitlines()[0]}") from error
-    return table.take(kept["__row"])
+    return table.take(pa.array(kept, pa.int64()))
 
 
 def _column_type(schema: pa.Schema, name: str) -> pa.DataType:
@@ -142,16 +152,36 @@ def _column_type(schema: pa.Schema, name: str) -> pa.DataType:
 
 def _plain(type_: pa.DataType) -> pa.DataType:
     """The type as the shards hold it: dictionaries and views as their values."""
-    if pa.types.is_dictionary(type_):
-        return _plain(type_.value_type)
+    return _plain(type_.value_type) if pa.types.is_dictionary(type_) else _viewless(type_)
+
+
+def _viewless(type_: pa.DataType) -> pa.DataType:
     if type_ == pa.string_view():
         return pa.string()
-    return pa.binary() if type_ == pa.binary_view() else type_
+    if type_ == pa.binary_view():
+        return pa.binary()
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(_viewless(field.type)) for field in type_])
+    if pa.types.is_list(type_):
+        return pa.list_(type_.value_field.with_type(_viewless(type_.value_type)))
+    return type_
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """Views of text and bytes as plain text and bytes: Arrow cannot take rows of views."""
+    schema = pa.schema([field.with_type(_viewless(field.type)) for field in table.schema])
+    return table if schema.equals(table.schema) else table.cast(schema)
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return any(is_kind(type_) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view, pa.types.is_map))
 
 
 def _is_text(type_: pa.DataType) -> bool:
+    """Text, bytes, or nothing but nulls: a file whose texts are all null has no other type to give them."""
     type_ = _plain(type_)
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
+    kinds = (pa.types.is_null, pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(is_kind(type_) for is_kind in kinds)
 
 
 def column(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -165,9 +195,17 @@ def column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return found if plain == found.type else found.cast(plain)
 
 
+def id_values(ids: pa.ChunkedArray) -> list[Any]:
+    """Python values of an id column; bytes that are no UTF-8 in a text column written as ``\\xNN``."""
+    try:
+        return ids.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return [None if value is None else value.decode("utf-8", "backslashreplace") for value in ids.cast(pa.large_binary()).to_pylist()]
+
+
 def _strings(values: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
     """Python strings of a column of text, bytes or anything that casts to text; and rows that are not UTF-8."""
-    if not _is_text(values.type):
+    if not _is_text(values.type) or pa.types.is_null(values.type):
         values = values.cast(pa.string())
     if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
         try:

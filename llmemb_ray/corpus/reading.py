@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmemb_ray.corpus.columns import Selection
+from llmemb_ray.corpus.columns import Selection, without_views
 from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
-from llmemb_ray.errors import InputError
+from llmemb_ray.errors import InputError, NotFound
 from llmemb_ray.storage import Access, locate, redact
 
 BATCH_ROWS = 8192
@@ -19,7 +19,10 @@ BATCH_ROWS = 8192
 def check_unchanged(file: PlannedFile, access: Access) -> None:
     """Raises InputError if the file is not what was planned."""
     storage, name = locate(file.url, access)
-    now = storage.info(name)
+    try:
+        now = storage.info(name)
+    except NotFound as error:
+        raise InputError(f"{redact(file.url)} is gone since the run was planned; bring it back, or embed the corpus without it into another output") from error
     if (now.size, now.version) != (file.size, file.version):
         raise InputError(
             f"{redact(file.url)} changed after the run was planned (size {file.size} → {now.size}, version {file.version} → {now.version}); "
@@ -43,7 +46,7 @@ def read_units(file: PlannedFile, piece: Piece, selection: Selection, access: Ac
             parquet = pq.ParquetFile(reader, pre_buffer=False)
             columns = selection.columns(parquet.schema_arrow, file.partitions)
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(piece.groups), columns=columns):
-                rest = pa.Table.from_batches([batch])
+                rest = without_views(pa.Table.from_batches([batch]))
                 while rest.num_rows:
                     take = min(rest.num_rows, unit.start + unit.rows - position)
                     if unit.name in wanted:

@@ -149,7 +149,7 @@ def cascade(
     layout: Layout, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None, scaling: float
 ) -> torch.Tensor:
     """CPU: rows against themselves, all tokens against the prefix, merged by log-sum-exp. [H, T, D] -> [T, H, D]."""
-    heads, _, size = query.shape
+    heads = query.shape[0]
     key, value = _expand(key, heads), _expand(value, heads)
     rows = [_rectangle(layout, states) for states in (query, key, value)]
     out, lse = _flash_cpu(*rows, causal=True, scaling=scaling)  # [B, H, L, D], [B, H, L]
@@ -179,7 +179,7 @@ def windowed(
         rows = len(layout.lengths)
         prefix_key, prefix_value = (_expand(states, heads).expand(rows, -1, -1, -1) for states in prefix)
         key_BHLD, value_BHLD = torch.cat([prefix_key, key_BHLD], 2), torch.cat([prefix_value, value_BHLD], 2)
-    position = torch.arange(layout.shared + layout.longest)
+    position = torch.arange(layout.shared + layout.longest, device=query.device)
     distance = position[layout.shared :, None] - position[None, :]
     mask = (distance >= 0) & (distance < window)
     return _flatten(layout, F.scaled_dot_product_attention(query_BHLD, key_BHLD, value_BHLD, attn_mask=mask, scale=scaling))
@@ -261,8 +261,8 @@ def varlen_reference(
         distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)[None, :]
         mask = (distance >= 0) & (distance < (window or k1 - k0))
         heads = query.shape[1]
-        row = (_expand(states.transpose(0, 1), heads)[None] for states in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        out[q0:q1] = F.scaled_dot_product_attention(*row, attn_mask=mask.to(query.device), scale=scale)[0].transpose(0, 1)
+        row_q, row_k, row_v = (_expand(states.transpose(0, 1), heads)[None] for states in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        out[q0:q1] = F.scaled_dot_product_attention(row_q, row_k, row_v, attn_mask=mask.to(query.device), scale=scale)[0].transpose(0, 1)
     return out
 
 

@@ -33,9 +33,22 @@ def mode(config: Any) -> Mode:
     """``packed`` where the table allows it and the configuration has nothing that the packed attention lacks."""
     if config.model_type not in PACKED:
         return "padded"
-    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     two_way = bool(getattr(config, "use_bidirectional_attention", False))
-    return "padded" if has_softcap or two_way else "packed"
+    return "padded" if has_softcap(config) or two_way else "packed"
+
+
+def has_softcap(config: Any) -> bool:
+    """Whether attention scores are squashed (Gemma 2). Only transformers' ``eager`` attention does it: ``sdpa`` leaves it out silently."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
+def rope_switch(config: Any) -> int | None:
+    """The length in tokens above which LongRoPE (Phi-3) turns *all* sequences of a forward pass by other angles; None without it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for values in (rope, *(layer for layer in rope.values() if isinstance(layer, dict))):
+        if values.get("rope_type") == "longrope":
+            return int(values["original_max_position_embeddings"])
+    return None
 
 
 def max_positions(config: Any) -> int | None:

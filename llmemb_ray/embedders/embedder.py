@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.models import ModelSource, TokenizerSource
+from llmemb_ray.embedders.work import Work
 from llmemb_ray.errors import InputError
 from llmemb_ray.representation import Prompter, Representation, Role, Space, TokenRows
 from llmemb_ray.storage import Access
 
 if TYPE_CHECKING:
     from llmemb_ray.config import ModelSettings
-    from llmemb_ray.embedders.transformers_backend import Work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,9 +95,7 @@ def _hub_commit(name: str, revision: str | None, what: str) -> str:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403, 404):
-            raise ModelError(
-                f"{what} {name} at revision {wanted}: the hub answers {status}; check the name, and set HF_TOKEN if it is gated"
-            ) from error
+            raise ModelError(f"{what} {name} at revision {wanted}: the hub answers {status}; check the name, and set HF_TOKEN if it is gated") from error
     except (OSError, OfflineModeIsEnabled):
         pass  # No network: a copy in the local cache, looked for below, will do.
     cached = try_to_load_from_cache(name, "config.json" if what == "model" else "adapter_config.json", revision=wanted)
@@ -231,7 +229,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> TokenizerS
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"model {path}: its tokenizer cannot be read: {_first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model {path}: has no fast tokenizer (tokenizer.json), which this package needs; convert it with transformers and save it beside the model")
+        raise ModelError(
+            f"model {path}: has no fast tokenizer (tokenizer.json), which this package needs; convert it with transformers and save it beside the model"
+        )
     return TokenizerSource(json=tokenizer.backend_tokenizer.to_str(), eos_id=tokenizer.eos_token_id)
 
 
@@ -252,6 +252,7 @@ def load_model(
     Raises ModelError, also where the checkpoint lacks a weight that the model needs.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
     _check_weight_files(path, allow_pickle)
@@ -273,29 +274,34 @@ def load_model(
         )
     elif quantization == "llm.int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    causal = adapter is not None and _adapter_is_causal(adapter)
+    on_causal = adapter is not None and _adapter_is_causal(adapter)
+    causal = on_causal
     try:
-        with _quiet():
+        with quiet_transformers():
             model, info = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(path, **options)
             if not causal and info["missing_keys"]:
                 # A checkpoint with tied weights may store only ``lm_head.weight``: the head's class knows how to tie it.
                 del model
                 causal = True
                 model, info = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded: {_first_line(error)}") from error
     problems = {kind: sorted(info[kind])[:5] for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info[kind]}
     if problems:
         raise ModelError(f"model {path}: the checkpoint does not fill the model, its vectors would be random: {problems}")
+    if causal and not on_causal:
+        model = getattr(model, model.base_model_prefix)
     if adapter is not None:
         model = _with_adapter(model, adapter, merge=quantization == "none")
-    if causal:
+    if on_causal:
         model = getattr(model, model.base_model_prefix)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    if hasattr(model.config, "text_config"):  # a model of text and images: its text decoder
+        model = model.get_decoder()
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and load reports from transformers: what they report is checked here and raised."""
     from transformers.utils import logging
 
@@ -318,7 +324,7 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def resolve_dtype(compute_dtype: ComputeDtype, device: str) -> str:
+def resolve_dtype(compute_dtype: ComputeDtype, device: str) -> ComputeDtype:
     """``auto`` is bfloat16 on a CUDA GPU and float32 elsewhere."""
     if compute_dtype != "auto":
         return compute_dtype
@@ -346,7 +352,7 @@ def _adapter_keys(adapter: Path) -> set[str]:
 def _adapter_is_causal(adapter: Path) -> bool:
     """Whether the adapter was trained on the model with its head: its names then hold one level more."""
     keys = _adapter_keys(adapter)
-    return any(re.match(r"base_model\.model\.(model|transformer|gpt_neox)\.", key) for key in keys)
+    return any(re.match(r"base_model\.model\.(model|transformer|gpt_neox|backbone)\.", key) for key in keys)
 
 
 def _with_adapter(model: Any, adapter: Path, *, merge: bool) -> Any:
@@ -358,7 +364,10 @@ def _with_adapter(model: Any, adapter: Path, *, merge: bool) -> Any:
         raise ModelError(f"adapter {adapter}: does not fit the model: {_first_line(error)}") from error
     given, taken = _adapter_keys(adapter), set(get_peft_model_state_dict(wrapped))
     if given != taken:
-        raise ModelError(f"adapter {adapter}: its weights do not match the model; only in the adapter {sorted(given - taken)[:3]}, only in the model {sorted(taken - given)[:3]}")
+        raise ModelError(
+            f"adapter {adapter}: its weights do not match the model; "
+            f"only in the adapter {sorted(given - taken)[:3]}, only in the model {sorted(taken - given)[:3]}"
+        )
     return wrapped.merge_and_unload() if merge else wrapped.get_base_model()
 
 

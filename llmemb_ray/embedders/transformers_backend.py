@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 
 from llmemb_ray.embedders import attention, capabilities, packing
 from llmemb_ray.embedders.attention import Layout, PrefixCache
+from llmemb_ray.embedders.work import Work
 from llmemb_ray.errors import ConfigError, ModelError
 from llmemb_ray.representation.prompts import MIN_SHARED_TOKENS, TokenRows
 from llmemb_ray.representation.representation import Pooling
@@ -33,26 +34,6 @@ GPU_BUDGET = (8192, 262144)
 
 SELF_TEST_COSINE = {"float32": 0.9999, "bfloat16": 0.98, "float16": 0.98}
 """Least cosine between a packed and a plain forward pass of a few random tokens; a wrong mask or position falls far below."""
-
-
-@dataclass
-class Work:
-    """What was computed, in tokens; sums up over packs."""
-
-    tokens: int = 0
-    """Tokens of all prompts, as if each were computed whole."""
-    computed: int = 0
-    """Tokens that went through the model, padding included."""
-    padding: int = 0
-    shared: int = 0
-    """Tokens not computed because the prefix was shared."""
-    packs: int = 0
-    out_of_memory: int = 0
-    """Times the token budget was halved."""
-
-    def add(self, other: Work) -> None:
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 @dataclass
@@ -89,30 +70,36 @@ class TransformersBackend:
         start, ceiling = GPU_BUDGET if self.device.type == "cuda" else CPU_BUDGET
         self.budget = packing.TokenBudget(start, ceiling, token_budget)
         self._prefixes: dict[bytes, PrefixCache] = {}
+        self._rope_switch = capabilities.rope_switch(self.config) or np.iinfo(np.int64).max
         attention.register()
+        if capabilities.has_softcap(self.config):
+            model.set_attn_implementation("eager")
         wanted = capabilities.mode(self.config) == "packed" if packed is None else packed
         self.mode: capabilities.Mode = self._settle_mode(wanted)
 
     # -- embedding ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def embed(
-        self, rows: TokenRows, prefix: npt.NDArray[np.int32] | None = None, *, on_pack: Callable[[int, int], None] | None = None
-    ) -> Pooled:
+    def embed(self, rows: TokenRows, prefix: npt.NDArray[np.int32] | None = None, *, on_pack: Callable[[int, int], None] | None = None) -> Pooled:
         """Pools every row. ``prefix`` are tokens that many rows begin with; rows that do not are computed whole.
 
         on_pack: called with (rows, tokens) after each forward pass was started.
         """
         shared = np.zeros(len(rows), np.int64)
         if self.mode == "packed" and prefix is not None and len(prefix) >= MIN_SHARED_TOKENS:
+            prefix = prefix[: self._rope_switch]
             shared = rows.shared(prefix)
+        beyond = rows.lengths > self._rope_switch
+        shared[beyond] = 0
         cache = self._prefix_cache(prefix) if shared.any() and prefix is not None else None
         own = rows.lengths - shared
         todo = packing.order(own, shared)
         todo = todo[own[todo] > 0]
+        todo = np.concatenate([todo[beyond[todo]], todo[~beyond[todo]]])
         result = Pooled(torch.zeros(0))
         while len(todo):
-            pack = packing.next_pack(own, shared, todo, self.budget.value, padded=self.mode == "padded")
+            ahead = todo[: self.budget.value]
+            pack = packing.next_pack(own, shared, ahead[beyond[ahead] == beyond[ahead[0]]], self.budget.value, padded=self.mode == "padded")
             started = self._clock()
             try:
                 pooled = self._pool_padded(rows, pack) if self.mode == "padded" else self._pool_packed(rows, own, pack, cache)
@@ -164,7 +151,8 @@ class TransformersBackend:
         sums = torch.zeros(len(lengths), hidden_TD.shape[1], device=hidden_TD.device)
         sums.index_add_(0, layout.tensor("row", hidden_TD.device), hidden_TD.float() * weights_T[:, None])
         if pack.shared:
-            assert cache is not None and cache.hidden_PD is not None
+            assert cache is not None
+            assert cache.hidden_PD is not None
             weights_P = torch.ones(pack.shared) if self.pooling == "mean" else torch.arange(1, pack.shared + 1).float()
             sums += weights_P.to(hidden_TD.device) @ cache.hidden_PD[: pack.shared].float()
         total = torch.from_numpy(lengths + pack.shared).to(hidden_TD.device, non_blocking=True).float()
@@ -222,7 +210,9 @@ class TransformersBackend:
         lists = [tokens[:7], np.concatenate([tokens[:7], tokens[8:]]), tokens[3:6]]
         plain = [self._forward(torch.from_numpy(row.astype(np.int64)).to(self.device)[None])[0] for row in lists]
         if not _agree(plain[0], plain[1][:7]):
-            raise ModelError(f"model of type {self.config.model_type} is not causal: its states depend on later tokens; llmemb embeds with causal language models")
+            raise ModelError(
+                f"model of type {self.config.model_type} is not causal: its states depend on later tokens; llmemb embeds with causal language models"
+            )
         self.mode = "padded"
         if not self._agrees_with(plain, lists, tokens):
             raise ModelError(f"model of type {self.config.model_type} gives other vectors in a padded batch than one by one; llmemb cannot embed with it")
@@ -240,7 +230,6 @@ class TransformersBackend:
         logger.warning("packed attention does not agree with %s's own; this model runs as padded batches", self.config.model_type)
         self.model.set_attn_implementation(plain_attention)
         return "padded"
-
 
     def _agrees_with(self, plain: list[torch.Tensor], lists: list[npt.NDArray[np.int32]], tokens: npt.NDArray[np.int32]) -> bool:
         """Whether ``embed`` gives the last states of the plain passes, with a shared prefix where it can."""

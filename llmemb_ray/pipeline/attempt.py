@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from llmemb_ray.embedders.embedder import Embedder
+from llmemb_ray.embedders.work import Work
 from llmemb_ray.errors import NotFound
 from llmemb_ray.pipeline.prepare import Job, Prepared, reject_table
 from llmemb_ray.representation import TokenRows
@@ -126,25 +127,24 @@ def _write_shard(job: Job, unit: str, attempt: str, rows: pa.Table, vectors: npt
     return path, data
 
 
-def _embed(job: Job, prepared: Prepared, embedder: Embedder, on_pack: OnPack | None, isolation: Isolation | None) -> tuple[npt.NDArray[np.float32], dict[int, tuple[str, str]], Any]:
+def _embed(
+    job: Job, prepared: Prepared, embedder: Embedder, on_pack: OnPack | None, isolation: Isolation | None
+) -> tuple[npt.NDArray[np.float32], dict[int, tuple[str, str]], Work]:
     """(vectors [N, D], row -> (reason, detail) of failed rows, work done)."""
     rows = prepared.tokens
     if isolation is None:
         result = embedder.embed_tokens(rows, job.role, on_pack=on_pack)
         return result.vectors, {row: ("engine", detail) for row, detail in result.failed.items()}, result.work
     vectors = np.zeros((len(rows), embedder.dimension), np.float32)
-    problems = {row: ("kills_engine", "the process that held the model died on this row, again and again") for row in isolation.poison}
-    work = None
+    problems = dict.fromkeys(isolation.poison, ("kills_engine", "the process that held the model died on this row, again and again"))
+    work = Work()
     for first, last in isolation.ranges:
         todo = [row for row in range(first, min(last, len(rows))) if row not in isolation.poison]
         isolation.entering((first, last))
         result = embedder.embed_tokens(TokenRows.from_lists([rows[row] for row in todo]), job.role, on_pack=on_pack)
         vectors[todo] = result.vectors
         problems |= {todo[row]: ("engine", detail) for row, detail in result.failed.items()}
-        if work is None:
-            work = result.work
-        else:
-            work.add(result.work)
+        work.add(result.work)
     return vectors, problems, work
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +22,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from llmemb_ray import errors
 from llmemb_ray.config import EmbedSettings, parse_actors
 from llmemb_ray.errors import ConfigError, LlmembError, RunFailed
 from llmemb_ray.pipeline import attempt
@@ -35,13 +36,16 @@ CPU_THREADS = 8
 CPU_SHARE = 0.75
 """Share of its cores that a CPU actor reserves; the rest is for reading and tokenising."""
 
+GPU_ACTOR_SHARE = 0.5
+"""Share of a GPU node's cores that its actors reserve together at most."""
+
 READ_CPUS = 0.25
 """Reserved by a task that reads and tokenises: it waits for storage half of its time."""
 
 CALLS_PER_ACTOR = 2
 """Calls at once: while one unit runs on the model, the one before is encoded and written."""
 
-ACTOR_INIT_DEATHS = 100
+ACTOR_INIT_DEATHS = 20
 """Actors in a row that may die while they load before the job gives up: spot machines go at any time."""
 
 REPORT_SECONDS = 1.0
@@ -86,22 +90,27 @@ def shape(settings: EmbedSettings) -> Shape:
     wanted = parse_actors(settings.actors)
     gpus = settings.gpus_per_actor if settings.gpus_per_actor is not None else (1.0 if cluster_gpus else 0.0)
     if gpus:
-        room = int(cluster_gpus / gpus) if gpus <= 1 else sum(int(node.get("GPU", 0.0) // gpus) for node in nodes)
-        least, most = wanted or (1, max(1, room))
-        return Shape(least=least, most=most, gpus=gpus, cpus=0, threads=None)
-    cores = [node.get("CPU", 0.0) for node in nodes if node.get("CPU", 0.0) >= 1]
-    if not cores:
-        raise ConfigError("actors: the cluster has neither GPUs nor CPU cores for an actor; add worker nodes, or run with actors 0")
-    if settings.cpus_per_actor is not None:
-        threads, cpus = max(1, round(settings.cpus_per_actor)), settings.cpus_per_actor
-    else:
-        threads = int(min(CPU_THREADS, max(cores)))
-        cpus = threads * CPU_SHARE
-    room = sum(max(1, int(node // threads)) for node in cores if node >= cpus)
-    least, most = wanted or (1, max(1, room))
-    if not any(node >= cpus for node in cores):
-        raise ConfigError(f"cpus_per_actor: {cpus:g} cores fit on no node of this cluster, the largest has {max(cores):g}")
-    return Shape(least=least, most=most, gpus=0, cpus=cpus, threads=threads)
+        return _gpu_shape(nodes, gpus, wanted)
+    largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    threads = max(1, round(settings.cpus_per_actor or min(CPU_THREADS, largest)))
+    if largest < threads:
+        raise ConfigError(f"cpus_per_actor: {threads} cores fit on no node of this cluster, the largest has {largest:g}; add CPU nodes, or use actors 0")
+    room = sum(int(node.get("CPU", 0.0) // threads) for node in nodes)
+    least, most = wanted or (1, room)
+    if least == most:
+        least = most = min(most, room)  # One more would take the cores that reading needs, and wait for ever.
+    return Shape(least=least, most=most, gpus=0, cpus=threads * CPU_SHARE, threads=threads)
+
+
+def _gpu_shape(nodes: list[dict[str, float]], gpus: float, wanted: tuple[int, int] | None) -> Shape:
+    places = [int(node.get("GPU", 0.0) / gpus + 1e-9) for node in nodes]
+    room = sum(places)
+    if not room and wanted is None:
+        raise ConfigError(f"gpus_per_actor: {gpus:g} GPUs are free on no node of this cluster; add GPU nodes, or say how many actors to wait for")
+    least, most = wanted or (1, room)
+    # Ray would reserve a whole core for each actor and could leave none to read and tokenise with.
+    cores = [GPU_ACTOR_SHARE * node.get("CPU", 0.0) / place for node, place in zip(nodes, places, strict=True) if place]
+    return Shape(least=least, most=most, gpus=gpus, cpus=round(min([1.0, *cores]), 3), threads=None)
 
 
 def read_and_tokenize(batch: pa.Table, job: Any) -> Iterator[pa.Table]:
@@ -125,7 +134,12 @@ class EmbedUnits:
             import torch
 
             torch.set_num_threads(threads)
-        self._embedder = Embedder(self._job.spec)
+        self._failure: LlmembError | None = None
+        try:
+            self._embedder = Embedder(self._job.spec)
+        except LlmembError as error:
+            # Told by the first call: Ray would take an error here for a lost actor, and try again for long.
+            self._failure = error
         self._pending = (0, 0)
         self._reported = time.monotonic()
         ledger.hello.remote(ray.get_runtime_context().get_actor_id())
@@ -133,15 +147,15 @@ class EmbedUnits:
     def __call__(self, envelope: pa.Table) -> pa.Table:
         prepared = Prepared.from_envelope(envelope)
         unit = prepared.unit
+        if self._failure is not None:
+            return _record(unit.name, None, str(self._failure), fatal=type(self._failure).__name__)
         if prepared.error is not None:
             return _record(unit.name, None, prepared.error)
         directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows))
         isolation = None
         if directions is not None:
             ranges, poison = directions
-            isolation = attempt.Isolation(
-                ranges=ranges, poison=frozenset(poison), entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows))
-            )
+            isolation = attempt.Isolation(ranges=ranges, poison=frozenset(poison), entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows)))
         try:
             commit = attempt.run(self._job, prepared, self._embedder, on_pack=self._on_pack, isolation=isolation)
         except LlmembError as error:
@@ -157,9 +171,10 @@ class EmbedUnits:
             self._pending, self._reported = (0, 0), now
 
 
-def _record(unit: str, commit: Commit | None, error: str | None) -> pa.Table:
+def _record(unit: str, commit: Commit | None, error: str | None, *, fatal: str | None = None) -> pa.Table:
+    """fatal: class of an error that no other unit would be spared, by its name in ``errors``."""
     record = json.dumps(asdict(commit)) if commit else None
-    return pa.table({"unit": [unit], "commit": pa.array([record], pa.string()), "error": pa.array([error], pa.string())})
+    return pa.table({"unit": [unit], **{name: pa.array([value], pa.string()) for name, value in (("commit", record), ("error", error), ("fatal", fatal))}})
 
 
 def build(tasks: list[ReadTask], job: Any, ledger: Any, shape: Shape) -> Dataset:
@@ -182,10 +197,9 @@ def build(tasks: list[ReadTask], job: Any, ledger: Any, shape: Shape) -> Dataset
         fn_constructor_kwargs={"job": job, "ledger": ledger, "threads": shape.threads},
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=shape.least, max_size=shape.most, max_concurrent_calls_per_actor=CALLS_PER_ACTOR, enable_true_multi_threading=True
-        ),
-        **({"num_gpus": shape.gpus} if shape.on_gpu else {"num_cpus": shape.cpus}),
+        compute=ActorPoolStrategy(min_size=shape.least, max_size=shape.most, max_concurrent_calls_per_actor=CALLS_PER_ACTOR, enable_true_multi_threading=True),
+        num_cpus=shape.cpus,
+        **({"num_gpus": shape.gpus} if shape.on_gpu else {}),
     )
 
 
@@ -196,9 +210,7 @@ class Execution:
         self._job = ray.put(job)
         self._shape = shape
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.ledger = (
-            ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, name=f"llmemb-ledger-{uuid.uuid4().hex[:8]}", scheduling_strategy=here).remote(settings.max_attempts)
-        )
+        self.ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(settings.max_attempts)
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
         """(unit, commit or None, error or None) of each unit, as it is done. Raises the job's own error, unwrapped."""
@@ -206,10 +218,12 @@ class Execution:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in batch.to_pylist():
+                    if row["fatal"]:
+                        raise getattr(errors, row["fatal"])(row["error"])
                     commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
                     yield row["unit"], commit, row["error"]
         except (ray.exceptions.RayError, RuntimeError) as error:
-            raise unwrap(error) from error
+            raise RunFailed(f"the job stopped: {_cause(error)}; what was committed stands, the same command continues") from error
 
     def live(self) -> tuple[int, int, int]:
         """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""
@@ -220,21 +234,7 @@ class Execution:
         return rows, tokens, min(len(actors), self._shape.most)
 
 
-def unwrap(error: BaseException) -> LlmembError:
-    """The LlmembError inside Ray's wrappings, else a RunFailed that names the first cause that is not Ray's own."""
-    foreign: BaseException | None = None
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        current = todo.pop(0)
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, LlmembError):
-            return current
-        if foreign is None and not type(current).__module__.startswith("ray.") and not isinstance(current, ray.exceptions.RayError):
-            foreign = current
-        todo += [getattr(current, "cause", None), current.__cause__, current.__context__]
-    shown = foreign or error
-    lines = str(shown).strip().splitlines()
-    return RunFailed(f"the job stopped: {type(shown).__name__}: {lines[0] if lines else ''}; what was committed stands, the same command continues")
+def _cause(error: BaseException) -> str:
+    """The line of Ray's text that names the first error which is not Ray's own."""
+    named = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*$", str(error), re.MULTILINE)
+    return str(named[0]) if named else f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

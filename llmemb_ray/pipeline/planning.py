@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +34,7 @@ UNITS_PER_ACTOR = 4
 LEAST_ROWS = 256
 """… but not into units smaller than this."""
 
-MISNAMED = 20
+BAD_FILES_SHOWN = 20
 """Bad files named in one message."""
 
 ENGINES = ("ray", "torch", "transformers", "pyarrow", "peft", "bitsandbytes", "tokenizers")
@@ -106,8 +105,9 @@ def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], s
             if types is None:
                 types = here
             elif here != types:
-                differing = ", ".join(f"{name} is {here.get(name)} here and {types.get(name)} in the first file" for name in types if here.get(name) != types[name])
-                raise BadFile(f"has another schema: {differing}")
+                differing = [name for name in types if here.get(name) != types[name]]
+                shown = ", ".join(f"{name} is {here.get(name)} here and {types[name]} in the first file" for name in differing)
+                raise BadFile(f"has another schema: {shown}")
         except BadFile as error:
             problems[index] = str(error)
     if problems and not settings.skip_bad_files:
@@ -148,7 +148,15 @@ def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], s
 
 
 def _planned(
-    index: int, file: Found, footer: Footer | str, partitions: dict[str, Any], problem: str | None, settings: EmbedSettings, spec: EmbedderSpec, selection: Selection, gpu: bool
+    index: int,
+    file: Found,
+    footer: Footer | str,
+    partitions: dict[str, Any],
+    problem: str | None,
+    settings: EmbedSettings,
+    spec: EmbedderSpec,
+    selection: Selection,
+    gpu: bool,
 ) -> PlannedFile:
     known = PlannedFile(index=index, url=file.url, size=file.size, version=file.version, partitions=partitions, problem=problem)
     if problem is not None or isinstance(footer, str):
@@ -185,8 +193,7 @@ def _check_filter(selection: Selection, footer: Footer, partitions: dict[str, An
 
 
 def _describe(found: list[Found], problems: dict[int, str]) -> str:
-    lines = [f"  {redact(found[index].url)}: {problem}" for index, problem in list(problems.items())[:MISNAMED]]
-    more = f"\n  … and {len(problems) - MISNAMED} more" if len(problems) > MISNAMED else ""
-    kinds = Counter(problem.split(":")[0] for problem in problems.values()).most_common(1)[0][1]
-    hint = f"\n{kinds} of them have the same problem." if len(problems) > MISNAMED else ""
-    return f"{len(problems)} of {len(found)} files cannot be used:\n" + "\n".join(lines) + more + hint + "\nMend or remove them, or leave them out with skip_bad_files (the receipt names them)."
+    lines = [f"  {redact(found[index].url)}: {problem}" for index, problem in list(problems.items())[:BAD_FILES_SHOWN]]
+    more = f"\n  … and {len(problems) - BAD_FILES_SHOWN} more" if len(problems) > BAD_FILES_SHOWN else ""
+    way_out = "Mend or remove them, or leave them out with skip_bad_files (the receipt names them)."
+    return f"{len(problems)} of {len(found)} files cannot be used:\n" + "\n".join(lines) + more + "\n" + way_out

@@ -103,9 +103,7 @@ class Prepared:
         assert envelope.num_rows == 1, f"an envelope holds one unit, not {envelope.num_rows}"
         row = {name: envelope.column(name)[0] for name in envelope.column_names}
         accepted, rejected = (pa.ipc.open_stream(row[name].as_buffer()).read_all() for name in ("accepted", "rejected"))
-        return cls(
-            Unit(**json.loads(row["unit"].as_py())), accepted, rejected, row["filtered"].as_py(), row["storage_retries"].as_py(), row["error"].as_py()
-        )
+        return cls(Unit(**json.loads(row["unit"].as_py())), accepted, rejected, row["filtered"].as_py(), row["storage_retries"].as_py(), row["error"].as_py())
 
     @property
     def tokens(self) -> TokenRows:

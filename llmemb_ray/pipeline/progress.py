@@ -57,7 +57,8 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         if not self._quiet and self._console.is_terminal:
-            self._bar = Progress(TextColumn("{task.fields[units]}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self._console, refresh_per_second=4)
+            columns = (TextColumn("{task.fields[units]}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
             self._bar.add_task("embed", total=None, units="", text="starting")
             self._bar.start()
         self._thread.start()
@@ -79,7 +80,8 @@ class Reporter:
         """The numbers, with rates per second, for the lease."""
         rows_rate, tokens_rate = self._rates()
         rows, tokens, actors = self._shown
-        return asdict(self.counts) | {"rows": rows, "tokens": tokens, "actors": actors, "rows_per_s": round(rows_rate, 1), "tokens_per_s": round(tokens_rate, 1)}
+        rates = {"rows_per_s": round(rows_rate, 1), "tokens_per_s": round(tokens_rate, 1)}
+        return asdict(self.counts) | {"rows": rows, "tokens": tokens, "actors": actors} | rates
 
     def _tick(self) -> None:
         while not self._stop.wait(1.0):

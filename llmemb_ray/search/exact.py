@@ -71,8 +71,6 @@ def search_vectors(run: Run, queries_QD: npt.NDArray[np.float32], *, top_k: int)
         top = np.argpartition(-scores_QN, count - 1, axis=1)[:, :count]
         files, rows = table["source_file"], table["source_row"]
         for query, columns in enumerate(top):
-            found = [
-                (-float(scores_QN[query, i]), files[i].as_py(), rows[i].as_py(), table["id"][i].as_py() if with_id else None) for i in columns.tolist()
-            ]
+            found = [(-float(scores_QN[query, i]), files[i].as_py(), rows[i].as_py(), table["id"][i].as_py() if with_id else None) for i in columns.tolist()]
             best[query] = sorted(best[query] + found, key=lambda hit: hit[:3])[:top_k]
     return [[Hit(score=-score, source_file=file, source_row=row, id=id_) for score, file, row, id_ in hits] for hits in best]

@@ -118,7 +118,7 @@ def _compacted(storage: Storage) -> list[Commit]:
     try:
         records = pq.read_table(pa.BufferReader(data)).to_pylist()
         return [Commit(**(record | {"reasons": json.loads(record["reasons"])})) for record in records]
-    except (pa.ArrowInvalid, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{storage.display(COMPACTED)} holds no commit records of this version: {error}") from error
 
 

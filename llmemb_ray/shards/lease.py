@@ -6,6 +6,7 @@ costs double work, never a wrong result.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -71,7 +72,14 @@ class LeaseHolder:
     Raises LeaseHeld if another driver is at work.
     """
 
-    def __init__(self, storage: Storage, progress: Callable[[], dict[str, Any]], *, wait_seconds: float = STALE_SECONDS + HEARTBEAT_SECONDS, waiting: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        progress: Callable[[], dict[str, Any]],
+        *,
+        wait_seconds: float = STALE_SECONDS + HEARTBEAT_SECONDS,
+        waiting: Callable[[str], None],
+    ) -> None:
         self._storage, self._progress, self._wait_seconds, self._waiting = storage, progress, wait_seconds, waiting
         self._lease = Lease(owner=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), heartbeat=0.0)
         self._stop = threading.Event()
@@ -89,15 +97,19 @@ class LeaseHolder:
         self._stop.set()
         self._thread.join()
         if self.lost is None:
-            self._storage.delete([PATH])
+            with contextlib.suppress(StorageError):  # It goes stale by itself; the job's own error matters more.
+                self._storage.delete([PATH])
 
     def _await_free(self) -> None:
-        """A dead driver's heartbeat stands still: waits until it is stale, and gives up when it moves."""
-        deadline = time.monotonic() + self._wait_seconds
+        """A dead driver's heartbeat stands still: waits until it is stale, by either clock, and gives up when it moves."""
+        began = time.monotonic()
         first: float | None = None
         while (held := read(self._storage)) is not None and not held.stale():
             first = held.heartbeat if first is None else first
-            if held.heartbeat != first or time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if held.heartbeat == first and waited > STALE_SECONDS:
+                return
+            if held.heartbeat != first or waited > self._wait_seconds:
                 raise LeaseHeld(
                     f"another driver (process {held.pid} on {held.host}, heartbeat {held.age():.0f} s ago) is at work on {self._storage.url}; "
                     "wait for it, or stop it and run this command again"

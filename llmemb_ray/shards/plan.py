@@ -6,6 +6,7 @@ same units. The plan is plain data: it needs no cluster, no model and no corpus 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -113,10 +114,15 @@ class Plan:
             [file.problem for file in self.files],
         ]
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _FILES_SCHEMA, strict=True)], schema=_FILES_SCHEMA), sink, compression="ZSTD")
-        storage.put(FILES, sink.getvalue())
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _FILES_SCHEMA, strict=True)]
+        pq.write_table(pa.Table.from_arrays(arrays, schema=_FILES_SCHEMA), sink, compression="ZSTD")
+        files = sink.getvalue().to_pybytes()
+        storage.put(FILES, files)
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "files"}
-        record |= {"selection": asdict(self.selection), "format": FORMAT, "run_key": self.run_key, "space_digest": self.space_digest, "file_count": len(self.files)}
+        record |= {"selection": asdict(self.selection), "format": FORMAT, "run_key": self.run_key, "space_digest": self.space_digest}
+        record |= {"file_count": len(self.files), "files_sha256": hashlib.sha256(files).hexdigest()}
+        record = json.loads(json.dumps(record))
+        record["digest"] = digest(record)
         storage.put(RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
 
     @classmethod
@@ -127,28 +133,34 @@ class Plan:
         except NotFound:
             return None
         except ValueError as error:
-            raise OutputError(f"{storage.display(RECORD)} is not JSON: {error}") from error
-        if record.get("format") != FORMAT:
-            raise OutputError(f"{storage.url} was written with layout {record.get('format')}; this version of llmemb_ray reads layout {FORMAT}")
-        table = pq.read_table(pa.BufferReader(storage.read(FILES)))
-        files = [
-            PlannedFile(**(row | {"group_rows": tuple(row["group_rows"]), "partitions": json.loads(row["partitions"])})) for row in table.to_pylist()
-        ]
-        selection = Selection(**(record["selection"] | {"keep": tuple(record["selection"]["keep"])}))
-        names = set(cls.__dataclass_fields__) - {"files", "selection"}
-        plan = cls(files=files, selection=selection, **{name: record[name] for name in names})
-        if plan.run_key != record["run_key"]:
-            raise OutputError(f"{storage.display(RECORD)} was altered: its fields do not make its run key")
-        return plan
+            raise OutputError(f"{storage.display(RECORD)} is not JSON: {error}; put back the file as it was, or use another output") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            layout = record.get("format") if isinstance(record, dict) else None
+            raise OutputError(f"{storage.url} was written with layout {layout}; this version of llmemb_ray reads layout {FORMAT}")
+        files = storage.read(FILES)
+        for path, said, found in (
+            (RECORD, record.pop("digest", None), digest(record)),
+            (FILES, record.get("files_sha256"), hashlib.sha256(files).hexdigest()),
+        ):
+            if said != found:
+                raise OutputError(f"{storage.display(path)} was altered since the run began; put back the file as it was, or use another output")
+        return cls(
+            files=[
+                PlannedFile(**(row | {"group_rows": tuple(row["group_rows"]), "partitions": json.loads(row["partitions"])}))
+                for row in pq.read_table(pa.BufferReader(files)).to_pylist()
+            ],
+            selection=Selection(**(record["selection"] | {"keep": tuple(record["selection"]["keep"])})),
+            **{name: record[name] for name in set(cls.__dataclass_fields__) - {"files", "selection"}},
+        )
 
     def require_same(self, other: Plan, where: str) -> None:
         """Raises RunMismatch with every field in which ``other``, the plan asked for now, differs from this stored one."""
         if self.run_key == other.run_key:
             return
-        lines = [f"  {name}: the run there has {_short(theirs)}, asked for now {_short(ours)}" for name, ours, theirs in differences(other.identity, self.identity)]
-        raise RunMismatch(
-            f"{where} holds a run with another run key:\n" + "\n".join(lines) + "\nUse another output, repeat the settings of that run, or delete it with overwrite."
-        )
+        fields = differences(other.identity, self.identity)
+        lines = [f"  {name}: the run there has {_short(theirs)}, asked for now {_short(ours)}\n" for name, ours, theirs in fields]
+        way_out = "Use another output, repeat the settings of that run, or delete it with overwrite."
+        raise RunMismatch(f"{where} holds a run with another run key:\n{''.join(lines)}{way_out}")
 
 
 def _short(value: Any) -> str:

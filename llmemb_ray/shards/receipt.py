@@ -83,7 +83,9 @@ class Receipt:
 def reconcile(plan: Plan, commits: list[Commit]) -> None:
     """Raises RunFailed unless the commits account for every row of every unit of the plan, once."""
     units = {unit.name: unit for unit in plan.units()}
-    problems = [f"unit {name} has no commit" for name in units if name not in {commit.unit for commit in commits}]
+    counts = Counter(commit.unit for commit in commits)
+    problems = [f"unit {name} has no commit" for name in units if name not in counts]
+    problems += [f"unit {name} has {count} commits" for name, count in counts.items() if count > 1]
     for commit in commits:
         unit = units.get(commit.unit)
         if unit is None:
@@ -91,7 +93,11 @@ def reconcile(plan: Plan, commits: list[Commit]) -> None:
         elif commit.rows != unit.rows or commit.embedded + commit.rejected + commit.filtered != unit.rows:
             problems.append(f"unit {commit.unit} has {unit.rows} rows, its commit accounts for {commit.embedded} + {commit.rejected} + {commit.filtered}")
     if problems:
-        raise RunFailed("the accounts do not balance: " + "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else ""))
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise RunFailed(
+            "the accounts do not balance: " + "; ".join(problems[:10]) + more + ". Run the embed command again, it does the units without a commit; "
+            "where a commit is wrong, delete it first, or begin anew with overwrite"
+        )
 
 
 def make_receipt(plan: Plan, commits: list[Commit], *, seconds_wall: float, versions: dict[str, str], finished: float) -> Receipt:

@@ -15,7 +15,7 @@ from llmemb_ray.shards import lease
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.receipt import Receipt
-from llmemb_ray.storage import Access, Storage
+from llmemb_ray.storage import Access, Storage, absolute
 
 DATA = "data"
 REJECTS = "rejects"
@@ -96,4 +96,4 @@ def read_groups(storage: Storage, path: str, columns: list[str] | None) -> Itera
 
 def open_run(url: str, **access: Any) -> Run:
     """Opens a run. ``access``: ``endpoint_url``, ``options``. Raises OutputError."""
-    return Run(Storage(url.rstrip("/"), Access(**access)))
+    return Run(Storage(absolute(url), Access(**access)))

@@ -33,6 +33,10 @@ REJECTS = pa.schema(
 _VALUE_TYPES: dict[str, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
 
 
+def embedding_type(dimension: int, dtype: str) -> pa.DataType:
+    return pa.list_(_VALUE_TYPES[dtype], dimension)
+
+
 def embedding_column(vectors_ND: npt.NDArray[np.float32], dtype: str) -> pa.FixedSizeListArray:
     """``float32[D]`` or ``float16[D]`` without a detour through Python lists."""
     values = np.ascontiguousarray(vectors_ND, dtype=np.dtype(dtype))
@@ -44,7 +48,8 @@ def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size).astype(np.float32, copy=False)
+    values: npt.NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(array), array.type.list_size).astype(np.float32, copy=False)
 
 
 def encode_shard(table: pa.Table, metadata: Mapping[str, Any], *, vector_bytes: int) -> bytes:
@@ -63,7 +68,7 @@ def encode_shard(table: pa.Table, metadata: Mapping[str, Any], *, vector_bytes: 
         sink,
         row_group_size=max(1, ROW_GROUP_BYTES // vector_bytes),
         use_dictionary=[name for name in others if not pa.types.is_nested(table.schema.field(name).type)],
-        compression={embedding: "NONE", **{name: "ZSTD" for name in others}},
+        compression={embedding: "NONE", **dict.fromkeys(others, "ZSTD")},
         column_encoding={embedding: "BYTE_STREAM_SPLIT"} if split else None,
         write_statistics=others,
         store_schema=True,

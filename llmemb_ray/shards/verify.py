@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmemb_ray.corpus import files as corpus_files
-from llmemb_ray.corpus.columns import column
+from llmemb_ray.corpus.columns import column, id_values
 from llmemb_ray.corpus.reading import read_units
-from llmemb_ray.errors import CheckFailed, LlmembError, NotFound, RunFailed
+from llmemb_ray.errors import CheckFailed, LlmembError, NotFound, OutputError, RunFailed
 from llmemb_ray.shards import schema
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.receipt import make_receipt, reconcile
@@ -38,6 +39,9 @@ SAMPLE_SHARE, SAMPLE_LEAST = 0.05, 20
 
 NORM_TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
 """How far the norm of a normalised vector may be from 1 in each precision written."""
+
+NOT_FROM_COMMITS = {"seconds_wall", "versions", "version_changes", "finished"}
+"""Fields of a receipt that tell of the driver that wrote it; all others follow from plan and commits."""
 
 ID_PARTITIONS = 64
 PROBLEMS_KEPT = 100
@@ -83,7 +87,11 @@ class Findings:
 def verify(run: Run, *, level: Level = "full", against: list[str] | None = None, allow_duplicate_ids: bool = False) -> Findings:
     """Checks a run. against: the corpus it was made of, wherever that lies now. Raises only for what it cannot reach."""
     findings = Findings(run=run.url, level=level)
-    commits = run.commits
+    try:
+        commits, _ = run.commits, run.receipt
+    except OutputError as error:
+        findings.problem(str(error))
+        return findings
     findings.units = len(commits)
     findings.rows_embedded = sum(commit.embedded for commit in commits)
     findings.rows_rejected = sum(commit.rejected for commit in commits)
@@ -92,15 +100,19 @@ def verify(run: Run, *, level: Level = "full", against: list[str] | None = None,
     if level != "quick":
         with tempfile.TemporaryDirectory(prefix="llmemb-verify-") as scratch:
             ids = _IdCounter(Path(scratch)) if level == "full" and run.plan.selection.id else None
+            units = {unit.name: unit for unit in run.plan.units()}
             for commit in _chosen(commits, level):
+                unit = units.get(commit.unit)
+                if unit is None or (unit.file, unit.start, unit.rows) != (commit.file, commit.start, commit.rows):
+                    findings.problem(f"commit {commit.unit} is for {commit.rows} rows of file {commit.file} from row {commit.start}: the plan has no such unit")
+                    continue
                 _unit(run, commit, findings, ids)
                 findings.units_read += 1
             if ids is not None:
                 findings.duplicate_ids = ids.duplicates()
                 if findings.duplicate_ids:
-                    text = (
-                        f"{findings.duplicate_ids} ids stand in more than one row (to see them: SELECT id, count(*) FROM '{run.url}/data/*.parquet' GROUP BY id HAVING count(*) > 1)"
-                    )
+                    query = f"SELECT id, count(*) FROM '{run.url}/data/*.parquet' GROUP BY id HAVING count(*) > 1"  # noqa: S608 - shown, not run
+                    text = f"{findings.duplicate_ids} ids stand in more than one row (to see them: {query})"
                     if allow_duplicate_ids:
                         findings.notes.append(text)
                     else:
@@ -123,7 +135,7 @@ def _accounts(run: Run, commits: list[Commit], findings: Findings) -> None:
         return
     again = make_receipt(run.plan, commits, seconds_wall=0, versions={}, finished=0).to_dict()
     told = receipt.to_dict()
-    for name in ("run_key", "space", "units", "rows_read", "rows_embedded", "rows_rejected", "rows_filtered", "rejects_by_reason", "tokens", "shard_bytes", "null_ids"):
+    for name in told.keys() - NOT_FROM_COMMITS:
         if again[name] != told[name]:
             findings.problem(f"the receipt says {name} {told[name]!r}, the commits make {again[name]!r}")
     if receipt.null_ids:
@@ -177,6 +189,10 @@ def _unit(run: Run, commit: Commit, findings: Findings, ids: _IdCounter | None) 
         table = _table(run, path, sha256, findings)
         if table is None:
             return
+        lacking = [name for name in _columns(run, rejects=path == commit.rejects) if name not in table.column_names]
+        if lacking:
+            findings.problem(f"{path} lacks the columns {', '.join(lacking)}")
+            return
         metadata = schema.metadata_of(table.schema)
         for name, wanted in (("run_key", run.plan.run_key), ("space", run.plan.space_digest), ("unit", commit.unit), ("attempt", commit.attempt)):
             if metadata.get(name) != wanted:
@@ -200,23 +216,34 @@ def _unit(run: Run, commit: Commit, findings: Findings, ids: _IdCounter | None) 
         findings.problem(f"unit {commit.unit}: {int((seen == 0).sum())} source rows are neither in data nor in rejects, {commit.filtered} were filtered out")
 
 
+def _columns(run: Run, *, rejects: bool) -> list[str]:
+    if rejects:
+        return list(schema.REJECTS.names)
+    return [*(["id"] if run.plan.selection.id else []), "source_file", "source_row", "embedding", "n_tokens", "truncated", *run.plan.selection.keep]
+
+
 def _vectors(run: Run, path: str, table: pa.Table, findings: Findings) -> None:
     type_ = table.schema.field("embedding").type
-    if not pa.types.is_fixed_size_list(type_) or type_.list_size != run.plan.dimension:
+    wanted = schema.embedding_type(run.plan.dimension, run.plan.dtype)
+    if (type_.id, getattr(type_, "list_size", None), getattr(type_, "value_type", None)) != (wanted.id, wanted.list_size, wanted.value_type):
         findings.problem(f"{path}: embedding is {type_}, the run writes {run.plan.dimension} dimensions of {run.plan.dtype}")
+        return
+    if table["embedding"].null_count:
+        findings.problem(f"{path}: {table['embedding'].null_count} vectors are null")
         return
     vectors = schema.vectors_of(table["embedding"])
     source_rows = table["source_row"]
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         findings.problem(f"{path}: {int((~finite).sum())} vectors hold NaN or infinity, that of source row {source_rows[int(np.argmin(finite))]} among them")
-    norms = np.linalg.norm(np.where(finite[:, None], vectors, 0), axis=1)
+    norms = np.linalg.norm(np.where(np.expand_dims(finite, 1), vectors, 0), axis=1)
     if (norms[finite] == 0).any():
         findings.problem(f"{path}: {int((norms[finite] == 0).sum())} vectors are zero")
     if run.plan.representation.normalize:
-        off = finite & (norms > 0) & (np.abs(norms - 1) > NORM_TOLERANCE[run.plan.dtype])
+        off: npt.NDArray[np.bool_] = finite & (norms > 0) & (np.abs(norms - 1) > NORM_TOLERANCE[run.plan.dtype])
         if off.any():
-            findings.problem(f"{path}: {int(off.sum())} vectors are not normalised, that of source row {source_rows[int(np.argmax(off))]} has norm {norms[int(np.argmax(off))]:.4f}")
+            first = int(np.argmax(off))
+            findings.problem(f"{path}: {int(off.sum())} vectors are not normalised, that of source row {source_rows[first]} has norm {norms[first]:.4f}")
 
 
 class _IdCounter:
@@ -226,7 +253,7 @@ class _IdCounter:
         self._paths = [directory / f"{partition:02d}" for partition in range(ID_PARTITIONS)]
 
     def add(self, ids: pa.ChunkedArray) -> None:
-        digests = b"".join(_id_digest(value) for value in ids.to_pylist() if value is not None)
+        digests = b"".join(_id_digest(value) for value in id_values(ids) if value is not None)
         array = np.frombuffer(digests, dtype="V16")
         first = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)[:, 0] % ID_PARTITIONS
         for partition in np.unique(first):
@@ -258,9 +285,11 @@ def _compare(run: Run, against: list[str], findings: Findings) -> None:
     planned = [file for file in run.plan.files if file.problem is None]
     by_url = {file.url: file for file in found}
     pairs = [(file, by_url.get(file.url)) for file in planned]
-    if all(other is None for _, other in pairs) and len(found) == len(run.plan.files):
+    known = {file.url for file in run.plan.files}
+    if not known & set(by_url) and len(found) == len(run.plan.files):
         pairs = [(file, found[file.index]) for file in planned]  # The same corpus in another place: by order.
-    for extra in sorted({file.url for file in found} - {other.url for _, other in pairs if other} - {file.url for file in run.plan.bad_files}):
+        known = set(by_url)
+    for extra in sorted(set(by_url) - known):
         findings.problem(f"{redact(extra)} is in the corpus but not in the run")
     commits = {commit.unit: commit for commit in run.commits}
     total = 0
@@ -268,6 +297,11 @@ def _compare(run: Run, against: list[str], findings: Findings) -> None:
         if other is None:
             findings.problem(f"{redact(file.url)} is in the run but not in the corpus")
             continue
+        if other.size != file.size or (other.url == file.url and other.version != file.version):
+            findings.problem(
+                f"{redact(other.url)} is not the file that was embedded: it had {file.size} bytes and version {file.version}, "
+                f"now it has {other.size} and {other.version}"
+            )
         here = replace(file, url=other.url, size=other.size, version=other.version)
         footer = corpus_files.footers([other], access)[0]
         if isinstance(footer, str):
@@ -275,7 +309,8 @@ def _compare(run: Run, against: list[str], findings: Findings) -> None:
             continue
         limit = run.plan.corpus["limit_rows"]
         if footer.group_rows != file.group_rows or (limit is None and footer.rows != file.rows):
-            findings.problem(f"{redact(other.url)} has {footer.rows} rows in {len(footer.group_rows)} row groups, the run was planned for {file.rows} in {len(file.group_rows)}")
+            planned_as = f"{file.rows} in {len(file.group_rows)}"
+            findings.problem(f"{redact(other.url)} has {footer.rows} rows in {len(footer.group_rows)} row groups, the run was planned for {planned_as}")
             continue
         total += file.rows
         if not run.plan.selection.id:
@@ -295,7 +330,7 @@ def _compare(run: Run, against: list[str], findings: Findings) -> None:
 def _compare_ids(run: Run, commit: Commit | None, source: pa.ChunkedArray, findings: Findings) -> None:
     if commit is None:
         return  # Already a finding of ``_accounts``.
-    wanted = source.to_pylist()
+    wanted = id_values(source)
     for path, as_text in ((commit.shard, False), (commit.rejects, True)):
         if path is None:
             continue
@@ -311,4 +346,4 @@ def _rows_and_ids(run: Run, path: str) -> Iterator[tuple[int, Any]]:
             table = pq.read_table(reader, columns=["source_row", "id"])
     except NotFound:
         return
-    yield from zip(table["source_row"].to_pylist(), table["id"].to_pylist(), strict=True)
+    yield from zip(table["source_row"].to_pylist(), id_values(table["id"]), strict=True)

@@ -1,0 +1,53 @@
+"""Fixtures that several tests share. Real models, real files; nothing here stands in for an engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.small_models import SENTENCES, make_model
+
+SHARED = Path(os.environ.get("LLMEMB_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real evaluation data."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no evaluation data at {SHARED}; set LLMEMB_DATA")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def real_models() -> Path:
+    """Small real models and tokenizers, beside the data."""
+    models = SHARED.parent / "models"
+    if not models.is_dir():
+        pytest.skip(f"no real models at {models}; set LLMEMB_DATA to a data directory with 'models' beside it")
+    return models
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA-style model of a few thousand parameters."""
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three files of 40 rows in row groups of 15, ids unique, text of many kinds; one null and one blank text."""
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    for file in range(3):
+        texts: list[str | None] = [f"{SENTENCES[(file + row) % len(SENTENCES)]} ({row})" for row in range(40)]
+        if file == 1:
+            texts[7], texts[23] = None, "   "
+        pq.write_table(pa.table({"id": [f"{file}-{row}" for row in range(40)], "text": texts}), directory / f"part-{file}.parquet", row_group_size=15)
+    return directory

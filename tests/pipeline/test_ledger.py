@@ -1,0 +1,64 @@
+"""The ledger narrows a unit that kills its engine down to the row at fault."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmemb_ray.pipeline.ledger import Ledger
+
+
+class Engine:
+    """Embeds by the ledger's directions and dies on its poison rows, as an actor would."""
+
+    def __init__(self, rows: int, poison: set[int], ledger: Ledger) -> None:
+        self.rows, self.poison, self.ledger = rows, poison, ledger
+
+    def attempt(self) -> set[int] | None:
+        """The rows embedded, or None if the process died."""
+        directions = self.ledger.begin("unit", self.rows)
+        if directions is None:
+            return None if self.poison else set(range(self.rows))
+        ranges, known = directions
+        embedded: set[int] = set()
+        for first, last in ranges:
+            self.ledger.entering("unit", (first, last))
+            todo = set(range(first, last)) - set(known)
+            if todo & self.poison:
+                return None
+            embedded |= todo
+        return embedded
+
+
+@given(rows=st.integers(1, 300), data=st.data())
+def test_only_the_poison_rows_are_lost(rows: int, data: st.DataObject) -> None:
+    poison = data.draw(st.sets(st.integers(0, rows - 1), max_size=3))
+    engine = Engine(rows, poison, Ledger(max_attempts=2))
+    limit = 2 + (1 + len(poison)) * (math.ceil(math.log2(rows)) + 2) if poison else 1
+    for _ in range(limit):
+        embedded = engine.attempt()
+        if embedded is not None:
+            break
+    assert embedded == set(range(rows)) - poison
+
+
+def test_a_unit_is_taken_whole_until_its_attempts_are_used_up() -> None:
+    ledger = Ledger(max_attempts=3)
+    assert [ledger.begin("unit", 10) for _ in range(3)] == [None, None, None]
+    assert ledger.begin("unit", 10) == ([(0, 10)], [])
+
+
+def test_an_actor_lost_for_another_reason_costs_no_row() -> None:
+    ledger = Ledger(max_attempts=1)
+    ledger.begin("unit", 8)
+    assert ledger.begin("unit", 8) == ([(0, 8)], [])
+    assert ledger.begin("unit", 8) == ([(0, 8)], []), "it died before it entered any range"
+
+
+def test_a_committed_unit_is_forgotten() -> None:
+    ledger = Ledger(max_attempts=1)
+    ledger.begin("unit", 4)
+    ledger.done("unit")
+    assert ledger.begin("unit", 4) is None
