@@ -53,7 +53,7 @@ def options_of(settings: type[Settings]) -> Decorator:
 
 
 def _parameter(name: str, field: Any) -> Decorator:
-    extra = field.json_schema_extra or {}
+    extra = _extra(field)
     many = get_origin(field.annotation) is list
     if extra.get("argument"):
         return click.argument(name, nargs=-1 if many else 1, required=False, metavar=name.upper() + ("..." if many else ""))
@@ -93,6 +93,20 @@ def _one_flag_a_choice(name: str, choices: Sequence[str], help_: str, default: s
     return decorate
 
 
+def _extra(field: Any) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def _require_arguments(settings: type[Settings], values: dict[str, Any]) -> None:
+    """Raises ConfigError that shows all arguments in their order if one of them is given nowhere."""
+    names = [name for name, field in settings.model_fields.items() if _extra(field).get("argument")]
+    missing = [name.upper() for name in names if name not in values]
+    if missing:
+        usage = " ".join(name.upper() + ("..." if get_origin(settings.model_fields[name].annotation) is list else "") for name in names)
+        given = "".join(f"; {name.upper()} is {values[name]!r}" for name in names if name in values and isinstance(values[name], str))
+        raise ConfigError(f"{' and '.join(missing)} must be given: the arguments are {usage}, on the command line or as settings of a --config file{given}")
+
+
 def gather(settings: type[Settings], given: dict[str, Any]) -> Any:
     """The settings from file, ``--set`` and command line, the later winning. Raises ConfigError."""
     values = config.read_file(given.pop("config_file")) if given.get("config_file") else {}
@@ -101,16 +115,17 @@ def gather(settings: type[Settings], given: dict[str, Any]) -> Any:
     for name, value in given.items():
         if value is None or value == ():
             continue
-        field = settings.model_fields[name]
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        if extra.get("commas"):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        elif field.annotation == dict[str, Any]:
-            value = yaml.safe_load(value)
+        if settings.model_fields[name].annotation == dict[str, Any]:
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ConfigError(f"{name}: the value is not YAML; write it as '{{name: value}}'") from None
         values[name] = list(value) if isinstance(value, tuple) else value
     for name, field in settings.model_fields.items():
         if get_origin(field.annotation) is list and isinstance(values.get(name), str):
-            values[name] = [values[name]]
+            parts = values[name].split(",") if _extra(field).get("commas") else [values[name]]
+            values[name] = [part.strip() for part in parts if part.strip()]
+    _require_arguments(settings, values)
     return settings.make(values)
 
 
@@ -129,7 +144,7 @@ def command(group: click.RichGroup, name: str, settings: type[Settings]) -> Call
 
         panels: dict[str, list[str]] = {}
         for field_name, field in settings.model_fields.items():
-            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            extra = _extra(field)
             if not extra.get("argument"):
                 names = [f"--{choice}" for choice in get_args(field.annotation)] if extra.get("flags") else ["--" + field_name.replace("_", "-")]
                 panels.setdefault(str(extra.get("panel")), []).extend(names)

@@ -19,7 +19,7 @@ from llmemb_ray.representation.representation import Pooling, Representation, Ro
 from llmemb_ray.representation.templates import Demonstration
 from llmemb_ray.storage import Access, redact
 
-SECRET_WORDS = ("key", "secret", "token", "password", "credential", "sas", "signature")
+SECRET_WORDS = ("key", "secret", "token", "password", "passphrase", "credential", "sas", "signature", "auth", "connection_string")
 
 
 def setting(default: Any, help: str, *, panel: str, **extra: Any) -> Any:
@@ -199,7 +199,10 @@ def read_file(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} is not YAML: {error}") from error
+        # Not the error's own text: it quotes the file, which may hold secrets.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else ""
+        raise ConfigError(f"config {path} is not YAML{where}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -226,12 +229,22 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return values
 
 
-def masked(value: Any, name: str = "") -> Any:
-    """A copy of a setting's value fit for printing: whatever looks like a secret by its name is hidden."""
-    if isinstance(value, dict):
-        return {key: masked(item, str(key)) for key, item in value.items()}
+def masked(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of settings fit for printing: URLs redacted, and of the storage options whatever looks like a secret by its name hidden."""
+    return {name: _without_secrets(value) if name == "storage_options" else _redacted(value) for name, value in values.items()}
+
+
+def _redacted(value: Any) -> Any:
     if isinstance(value, list):
-        return [masked(item, name) for item in value]
-    if isinstance(value, str):
-        return "***" if any(word in name.lower() for word in SECRET_WORDS) and name != "max_tokens" else redact(value)
-    return value
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    if value is not None and any(word in name.lower() for word in SECRET_WORDS):
+        return "***"
+    if isinstance(value, dict):
+        return {key: _without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return _redacted(value)

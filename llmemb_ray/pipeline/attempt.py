@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.embedders.work import Work
 from llmemb_ray.errors import NotFound
@@ -67,7 +68,7 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, *, on_pack: OnPack | N
     good = np.setdiff1d(np.arange(rows.num_rows), np.fromiter(problems, np.int64, len(problems)))
     rejected = prepared.rejected
     if problems:
-        ids = rows["id"].to_pylist() if "id" in rows.column_names else None
+        ids = id_values(rows["id"]) if "id" in rows.column_names else None
         rejected = pa.concat_tables([rejected, reject_table(prepared.unit.file, rows["source_row"].to_pylist(), ids, problems)])
         rows, vectors = rows.take(pa.array(good)), vectors[good]
     started = time.perf_counter()

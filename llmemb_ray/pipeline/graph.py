@@ -93,11 +93,14 @@ def shape(settings: EmbedSettings) -> Shape:
         return _gpu_shape(nodes, gpus, wanted)
     largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     threads = max(1, round(settings.cpus_per_actor or min(CPU_THREADS, largest)))
-    if largest < threads:
-        raise ConfigError(f"cpus_per_actor: {threads} cores fit on no node of this cluster, the largest has {largest:g}; add CPU nodes, or use actors 0")
     room = sum(int(node.get("CPU", 0.0) // threads) for node in nodes)
+    if not room and not (wanted and settings.cpus_per_actor):
+        raise ConfigError(
+            f"cpus_per_actor: {threads} cores fit on no node of this cluster, the largest has {largest:g}; add CPU nodes, "
+            "or say both actors and cpus_per_actor to wait for nodes to come"
+        )
     least, most = wanted or (1, room)
-    if least == most:
+    if least == most and room:
         least = most = min(most, room)  # One more would take the cores that reading needs, and wait for ever.
     return Shape(least=least, most=most, gpus=0, cpus=threads * CPU_SHARE, threads=threads)
 

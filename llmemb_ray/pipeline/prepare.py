@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llmemb_ray.corpus.columns import Selection, column, filtered
+from llmemb_ray.corpus.columns import Selection, column, filtered, id_values
 from llmemb_ray.corpus.reading import read_units
 from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
 from llmemb_ray.embedders.embedder import EmbedderSpec
-from llmemb_ray.errors import InputError, StorageError
+from llmemb_ray.errors import LlmembError
 from llmemb_ray.representation import Prompter, Role, TokenRows
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.schema import REJECTS
@@ -140,14 +140,14 @@ def prompter_of(spec: EmbedderSpec, role: Role) -> Prompter:
 
 
 def prepare(job: Job, task: ReadTask) -> Iterator[Prepared]:
-    """The wanted units of a piece. What goes wrong with the file becomes the error of each unit it hits."""
+    """The wanted units of a piece. What goes wrong with the file or the filter becomes the error of each unit it hits."""
     RETRIES.take()
     left = {unit.name: unit for unit in task.piece.units if unit.name in task.wanted}
     try:
         for unit, table in read_units(task.file, task.piece, job.selection, job.access, task.wanted):
             yield prepare_unit(job, unit, table)
             del left[unit.name]
-    except (InputError, StorageError) as error:
+    except LlmembError as error:
         for unit in left.values():
             yield Prepared(unit, pa.table({}), REJECTS.empty_table(), storage_retries=RETRIES.take(), error=str(error))
 
@@ -194,7 +194,7 @@ def _row_columns(selection: Selection, unit: Unit, numbered: pa.Table, rows: Any
 
 
 def _id_texts(selection: Selection, table: pa.Table) -> list[Any] | None:
-    return column(table, selection.id).to_pylist() if selection.id else None
+    return id_values(column(table, selection.id)) if selection.id else None
 
 
 def reject_table(file: int, source_rows: list[int], ids: list[Any] | None, problems: dict[int, tuple[str, str]]) -> pa.Table:

@@ -53,6 +53,7 @@ class Reporter:
         self._thread = threading.Thread(target=self._tick, name="llmemb-progress", daemon=True)
         self._history: list[tuple[float, int, int]] = []
         self._next_line = 0.0
+        self._last_line = ""
         self._shown = (0, 0, 0)
 
     def __enter__(self) -> Reporter:
@@ -67,9 +68,12 @@ class Reporter:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._look()
         if self._bar:
             self._draw()
             self._bar.stop()
+        else:
+            self._line()
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
@@ -85,18 +89,27 @@ class Reporter:
 
     def _tick(self) -> None:
         while not self._stop.wait(1.0):
-            rows, tokens, actors = self.live() if self.live else (0, 0, 0)
-            # Workers count what they have computed, commits what is safe: the larger is where the job stands.
-            self._shown = (max(self.counts.rows, min(rows, self.counts.rows_total)), max(self.counts.tokens, tokens), actors or self.counts.actors)
-            now = time.monotonic()
-            self._history.append((now, self._shown[0], self._shown[1]))
-            while len(self._history) > 2 and self._history[0][0] < now - RATE_SECONDS:
-                self._history.pop(0)
+            self._look()
             if self._bar:
                 self._draw()
-            elif not self._quiet and now >= self._next_line and self.counts.units_total:
-                self._next_line = now + LINE_SECONDS
-                self.say(f"{self._units()}  {self._text()}")
+            elif time.monotonic() >= self._next_line:
+                self._line()
+
+    def _look(self) -> None:
+        rows, tokens, actors = self.live() if self.live else (0, 0, 0)
+        # Workers count what they have computed, commits what is safe: the larger is where the job stands.
+        self._shown = (max(self.counts.rows, min(rows, self.counts.rows_total)), max(self.counts.tokens, tokens), actors or self.counts.actors)
+        now = time.monotonic()
+        self._history.append((now, self._shown[0], self._shown[1]))
+        while len(self._history) > 2 and self._history[0][0] < now - RATE_SECONDS:
+            self._history.pop(0)
+
+    def _line(self) -> None:
+        """A line in a log, if it says something new."""
+        line = f"{self._units()}  {self._text()}"
+        if self.counts.units_total and line != self._last_line:
+            self._last_line, self._next_line = line, time.monotonic() + LINE_SECONDS
+            self.say(line)
 
     def _rates(self) -> tuple[float, float]:
         if len(self._history) < 2:

@@ -67,10 +67,19 @@ def search_vectors(run: Run, queries_QD: npt.NDArray[np.float32], *, top_k: int)
     with_id = ["id"] if run.plan.selection.id else []
     for _, table in run.shards([*with_id, "source_file", "source_row", "embedding"]):
         scores_QN = queries_QD @ vectors_of(table["embedding"]).T
-        count = min(top_k, scores_QN.shape[1])
-        top = np.argpartition(-scores_QN, count - 1, axis=1)[:, :count]
         files, rows = table["source_file"], table["source_row"]
-        for query, columns in enumerate(top):
-            found = [(-float(scores_QN[query, i]), files[i].as_py(), rows[i].as_py(), table["id"][i].as_py() if with_id else None) for i in columns.tolist()]
+        for query, scores_N in enumerate(scores_QN):
+            found = [
+                (-float(scores_N[i]), files[i].as_py(), rows[i].as_py(), table["id"][i].as_py() if with_id else None) for i in _top(scores_N, top_k).tolist()
+            ]
             best[query] = sorted(best[query] + found, key=lambda hit: hit[:3])[:top_k]
     return [[Hit(score=-score, source_file=file, source_row=row, id=id_) for score, file, row, id_ in hits] for hits in best]
+
+
+def _top(scores_N: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Positions of the ``count`` largest scores; of equal ones at the border the first, which a partition alone does not promise."""
+    if count >= len(scores_N):
+        return np.arange(len(scores_N))
+    border = np.partition(scores_N, len(scores_N) - count)[len(scores_N) - count]
+    above = np.flatnonzero(scores_N > border)
+    return np.concatenate([above, np.flatnonzero(scores_N == border)[: count - len(above)]])
