@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo check test soak lock clean
+.PHONY: help setup demo check test soak docs lock clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -28,10 +28,15 @@ check: $(READY)  ## lint and types
 	$(BIN)/mypy
 
 test: $(READY)   ## unit and end-to-end tests
-	$(BIN)/pytest -m 'not soak'
+	$(BIN)/pytest
 
-soak: $(READY)   ## the long proofs; their records go to benchmarks/records
-	$(BIN)/pytest -m soak --timeout 7200 -s
+soak: $(READY)   ## the long proofs, about an hour; their records go to benchmarks/records
+	$(BIN)/python benchmarks/memory.py plan 50000
+	$(BIN)/python benchmarks/memory.py rows 100000 1000000
+	$(BIN)/python benchmarks/memory.py rows 10000000 --kill
+
+docs: $(READY)   ## write docs/reference.md from the commands
+	$(BIN)/python docs/make_reference.py
 
 lock: $(READY)   ## write the versions installed now into the lock file
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements.lock

@@ -1,0 +1,69 @@
+"""Writes docs/reference.md from the commands themselves: ``make docs``. A test holds the file to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from llmemb_ray import cli, config
+
+HEAD = """# Reference of the command line
+
+Made from the commands by `make docs`; do not edit. `jobs/embed.py` takes the arguments of `llmemb embed`, and
+`llmemb_ray.embed(input, output, **settings)` the same settings with underscores. `--config FILE` reads them from YAML:
+
+```yaml
+# embed.yaml, used as: llmemb embed --config embed.yaml --limit-rows 1000
+input: [s3://bucket/corpus/]
+output: s3://bucket/vectors/
+model: facebook/opt-125m
+prompt: prompteol
+storage_options: {anon: false}
+```
+
+Exit codes: 0 done and the accounts balance · 1 failed · 2 bad usage, configuration or input · 3 a check found a discrepancy.
+(`ray job submit` itself exits 1 for any failed job.)
+"""
+
+SETTINGS = {"embed": config.EmbedSettings, "plan": config.EmbedSettings, "verify": config.VerifySettings, "search": config.SearchSettings}
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    context = cli.click.Context(cli.llmemb)
+    for name in sorted(cli.llmemb.list_commands(context)):
+        command = cli.llmemb.get_command(context, name)
+        assert command is not None
+        usage = " ".join(["llmemb", name, *command.collect_usage_pieces(cli.click.Context(command))])
+        parts.append(f"\n## llmemb {name}\n\n{(command.help or '').strip()}\n\n`{usage}`\n")
+        if name == "plan":
+            parts.append("\nTakes the options of `llmemb embed`.\n")
+            continue
+        panels = _panels(name)
+        rows: dict[str, list[str]] = {}
+        for parameter in command.params:
+            if isinstance(parameter, cli.click.Option):
+                flags = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
+                choices = getattr(parameter.type, "choices", None)
+                value = " " + " / ".join(choices) if choices else ""
+                help_ = (parameter.help or "").replace("|", "\\|")
+                rows.setdefault(panels.get(parameter.name or "", "General"), []).append(f"| {flags}{value} | {help_} |")
+        for panel, lines in rows.items():
+            parts.append(f"\n| {panel} | |\n|---|---|\n" + "\n".join(lines) + "\n")
+    return "".join(parts)
+
+
+def _panels(name: str) -> dict[str, str]:
+    settings = SETTINGS.get(name, cli.RunSettings)
+    panels = {}
+    for field, info in settings.model_fields.items():
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        panels[field] = str(extra.get("panel", "General"))
+        for choice in get_args(info.annotation) if extra.get("flags") else ():
+            panels[choice] = panels[field]
+    return panels
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "reference.md").write_text(reference(), encoding="utf-8")
