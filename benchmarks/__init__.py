@@ -1,0 +1,1 @@
+"""Measurements of the project, each a command; their records stand in ``records``."""
