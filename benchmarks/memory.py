@@ -115,7 +115,7 @@ def rows(sizes: list[int], *, kill: bool) -> list[dict[str, Any]]:
     """One record for each size."""
     records = []
     with tempfile.TemporaryDirectory(prefix="llmemb-memory-") as scratch:
-        tokenizer = tokenizer_of([f"item {number}" for number in range(0, 2000)])
+        tokenizer = tokenizer_of([f"item {number}" for number in range(2000)])
         model = make_model(Path(scratch) / "model", tokenizer=tokenizer, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
         for size in sizes:
             server = S3Server(Path(scratch) / f"s3-{size}")

@@ -39,7 +39,7 @@ def options_of(settings: type[Settings]) -> Decorator:
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         parameters = [_parameter(name, field) for name, field in settings.model_fields.items()]
-        general = [
+        general: list[Decorator] = [
             click.option("--config", "config_file", metavar="FILE", help="YAML file of settings; options given on the command line win."),
             click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Any setting by its dotted name, value in YAML."),
             click.option("--print-config", is_flag=True, help="Print the settings in force, secrets masked, and stop."),
@@ -117,14 +117,14 @@ def gather(settings: type[Settings], given: dict[str, Any]) -> Any:
             continue
         if settings.model_fields[name].annotation == dict[str, Any]:
             try:
-                value = yaml.safe_load(value)
+                value = config.parse_yaml(value)
             except yaml.YAMLError:
                 raise ConfigError(f"{name}: the value is not YAML; write it as '{{name: value}}'") from None
         values[name] = list(value) if isinstance(value, tuple) else value
     for name, field in settings.model_fields.items():
         if get_origin(field.annotation) is list and isinstance(values.get(name), str):
-            parts = values[name].split(",") if _extra(field).get("commas") else [values[name]]
-            values[name] = [part.strip() for part in parts if part.strip()]
+            commas = _extra(field).get("commas")
+            values[name] = [part.strip() for part in values[name].split(",") if part.strip()] if commas else [values[name]]
     _require_arguments(settings, values)
     return settings.make(values)
 

@@ -7,11 +7,12 @@ no ray, no transformers.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.representation.cleaning import Cleaning
@@ -22,9 +23,9 @@ from llmemb_ray.storage import Access, redact
 SECRET_WORDS = ("key", "secret", "token", "password", "passphrase", "credential", "sas", "signature", "auth", "connection_string")
 
 
-def setting(default: Any, help: str, *, panel: str, **extra: Any) -> Any:
-    """A field with its help text and the panel of the command's help it belongs to."""
-    return Field(default, description=help, json_schema_extra={"panel": panel, **extra})
+def setting(default: Any, help: str, *, panel: str, ge: float | None = None, gt: float | None = None, le: float | None = None, **extra: Any) -> Any:
+    """A field with its help text, the panel of the command's help it belongs to, and its bounds."""
+    return Field(default, description=help, ge=ge, gt=gt, le=le, json_schema_extra={"panel": panel, **extra})
 
 
 class Settings(BaseModel):
@@ -142,6 +143,11 @@ class EmbedSettings(ModelSettings):
     ray_address: str | None = setting(None, "Ray cluster; default: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster")
     window_units: int = setting(4000, "Units in one Ray Data execution; bounds what the driver holds.", panel="Cluster", ge=1)
 
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _number_of_actors(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         parse_actors(self.actors)
@@ -192,10 +198,25 @@ def parse_actors(text: str) -> tuple[int, int] | None:
     return least, most
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without the numbers to base 60 of its version 1.1: ``actors: 1:8`` is a text, not 68."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, re.compile("(?![^:]*:)" + pattern.pattern, re.VERBOSE) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
 def read_file(path: str) -> dict[str, Any]:
     """Settings from a YAML file. Raises ConfigError."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -223,7 +244,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             if not isinstance(place, dict):
                 raise ConfigError(f"set {name}: {parent} is not a mapping")
         try:
-            place[last] = yaml.safe_load(text)
+            place[last] = parse_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"set {name}: its value is not YAML") from error
     return values

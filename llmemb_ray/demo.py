@@ -163,12 +163,14 @@ def run(directory: str, model: str | None = None) -> None:
     root = Path(directory)
     texts = make_corpus(root / "corpus")
     click.echo(f"corpus: {len(texts):,} docstrings of Python's standard library in {FILES} Parquet files ({root / 'corpus'})")
+    prompt: tuple[str, ...] = ()
     if model is None:
         model = str(root / "model")
+        prompt = ("--prompt", "none")  # Words of a template would outweigh those of the text: nobody taught this model to follow one.
         make_model(Path(model), texts)
         click.echo(f"model: a one-layer decoder made from a seed and word counts, not trained ({model})")
     output = str(root / "run")
-    _llmemb("embed", str(root / "corpus"), output, "--model", model, "--overwrite", "--token-budget", "4096")
+    _llmemb("embed", str(root / "corpus"), output, "--model", model, *prompt, "--overwrite", "--token-budget", "4096")
     _llmemb("verify", output, "--against", str(root / "corpus"))
     for query in QUERIES:
         _llmemb("search", output, query)

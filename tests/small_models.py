@@ -48,7 +48,15 @@ def config_of(kind: str, vocabulary: int = VOCABULARY, **changes: Any) -> Any:
     """A small transformers configuration of an architecture."""
     import transformers as t
 
-    common: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
     rotary = common | {"intermediate_size": 64, "max_position_embeddings": 256}
     grouped = rotary | {"num_key_value_heads": 2}
     gemma = rotary | {"num_key_value_heads": 1, "head_dim": 16}

@@ -13,12 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.ray_cluster import ENVIRONMENT, RAY, RayCluster
-from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
 
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
+from tests.ray_cluster import ENVIRONMENT, RAY, RayCluster
+from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -98,6 +98,10 @@ def _hub_commit(name: str, revision: str | None, what: str) -> str:
             raise ModelError(f"{what} {name} at revision {wanted}: the hub answers {status}; check the name, and set HF_TOKEN if it is gated") from error
     except (OSError, OfflineModeIsEnabled):
         pass  # No network: a copy in the local cache, looked for below, will do.
+    except Exception as error:
+        # Whichever HTTP library the hub's client is built on, its own errors mean no network as well.
+        if not type(error).__module__.startswith(("httpx", "requests", "urllib3")):
+            raise
     cached = try_to_load_from_cache(name, "config.json" if what == "model" else "adapter_config.json", revision=wanted)
     if isinstance(cached, str):
         return Path(cached).parent.name

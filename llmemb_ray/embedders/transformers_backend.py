@@ -101,18 +101,15 @@ class TransformersBackend:
             ahead = todo[: self.budget.value]
             pack = packing.next_pack(own, shared, ahead[beyond[ahead] == beyond[ahead[0]]], self.budget.value, padded=self.mode == "padded")
             started = self._clock()
+            pooled: torch.Tensor | None
+            reason = ""
             try:
                 pooled = self._pool_padded(rows, pack) if self.mode == "padded" else self._pool_packed(rows, own, pack, cache)
             except torch.OutOfMemoryError as error:
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                result.work.out_of_memory += 1
-                if len(pack.rows) == 1:
-                    result.failed[int(pack.rows[0])] = f"out of memory on a prompt of {int(rows.lengths[pack.rows[0]])} tokens: {str(error).splitlines()[0]}"
-                    todo = todo[1:]
-                else:
-                    self.budget.value = min(self.budget.value, int(own[pack.rows].sum()))
-                    self.budget.halve()
+                pooled, reason = None, str(error).splitlines()[0]
+            if pooled is None:
+                # Outside the handler, whose traceback would still hold the tensors of the failed pass.
+                todo = self._after_out_of_memory(rows, own, pack, todo, reason, result)
                 continue
             if not len(result.vectors):
                 result.vectors = torch.zeros(len(rows), pooled.shape[1], device=pooled.device)
@@ -136,6 +133,20 @@ class TransformersBackend:
         if not len(result.vectors):
             result.vectors = torch.zeros(len(rows), output_size(self.config, layer=-1 if self.layer is None else self.layer), device=self.device)
         return result
+
+    def _after_out_of_memory(
+        self, rows: TokenRows, own: npt.NDArray[np.int64], pack: packing.Pack, todo: npt.NDArray[np.int64], reason: str, result: Pooled
+    ) -> npt.NDArray[np.int64]:
+        """Halves the budget, or gives up a row that is alone in its pack; returns the rows still to do."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        result.work.out_of_memory += 1
+        if len(pack.rows) == 1:
+            result.failed[int(pack.rows[0])] = f"out of memory on a prompt of {int(rows.lengths[pack.rows[0]])} tokens: {reason}"
+            return todo[1:]
+        self.budget.value = min(self.budget.value, int(own[pack.rows].sum()))
+        self.budget.halve()
+        return todo
 
     def _pool_packed(self, rows: TokenRows, own: npt.NDArray[np.int64], pack: packing.Pack, cache: PrefixCache | None) -> torch.Tensor:
         """float32 [B, D]."""

@@ -145,7 +145,8 @@ class EmbedUnits:
             self._failure = error
         self._pending = (0, 0)
         self._reported = time.monotonic()
-        ledger.hello.remote(ray.get_runtime_context().get_actor_id())
+        self._name = ray.get_runtime_context().get_actor_id()
+        ledger.hello.remote(self._name)
 
     def __call__(self, envelope: pa.Table) -> pa.Table:
         prepared = Prepared.from_envelope(envelope)
@@ -154,6 +155,7 @@ class EmbedUnits:
             return _record(unit.name, None, str(self._failure), fatal=type(self._failure).__name__)
         if prepared.error is not None:
             return _record(unit.name, None, prepared.error)
+        self._ledger.hello.remote(self._name)
         directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows))
         isolation = None
         if directions is not None:
@@ -171,6 +173,7 @@ class EmbedUnits:
         now = time.monotonic()
         if now - self._reported >= REPORT_SECONDS:
             self._ledger.add.remote(*self._pending)
+            self._ledger.hello.remote(self._name)
             self._pending, self._reported = (0, 0), now
 
 
@@ -234,7 +237,7 @@ class Execution:
             rows, tokens, actors = ray.get(self.ledger.counts.remote(), timeout=0.5)
         except ray.exceptions.RayError:
             return 0, 0, 0
-        return rows, tokens, min(len(actors), self._shape.most)
+        return rows, tokens, actors
 
 
 def _cause(error: BaseException) -> str:

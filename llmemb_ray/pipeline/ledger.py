@@ -7,9 +7,13 @@ The class knows no Ray; ``graph`` runs it as an actor beside the driver.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 Range = tuple[int, int]
+
+ALIVE_SECONDS = 60.0
+"""An actor that has neither begun a unit nor computed anything for so long is not counted as alive."""
 
 
 @dataclass
@@ -28,10 +32,11 @@ class Ledger:
         self._units: dict[str, _Unit] = {}
         self._rows = 0
         self._tokens = 0
-        self._actors: set[str] = set()
+        self._seen: dict[str, float] = {}
 
     def hello(self, actor: str) -> None:
-        self._actors.add(actor)
+        """An actor is at work now."""
+        self._seen[actor] = time.monotonic()
 
     def begin(self, unit: str, rows: int) -> tuple[list[Range], list[int]] | None:
         """Counts an attempt. None: embed the unit as a whole. Else the row ranges to embed one by one, and the
@@ -70,6 +75,7 @@ class Ledger:
         self._rows += rows
         self._tokens += tokens
 
-    def counts(self) -> tuple[int, int, list[str]]:
-        """(rows, tokens, actors that ever reported)."""
-        return self._rows, self._tokens, sorted(self._actors)
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens, actors heard of lately)."""
+        alive = sum(time.monotonic() - seen < ALIVE_SECONDS for seen in self._seen.values())
+        return self._rows, self._tokens, alive

@@ -68,12 +68,11 @@ class Reporter:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._look()
         if self._bar:
             self._draw()
             self._bar.stop()
         else:
-            self._line()
+            self._line()  # A log ends with where the job stands, however short it was.
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
@@ -83,7 +82,7 @@ class Reporter:
     def snapshot(self) -> dict[str, Any]:
         """The numbers, with rates per second, for the lease."""
         rows_rate, tokens_rate = self._rates()
-        rows, tokens, actors = self._shown
+        rows, tokens, actors = (max(shown, counted) for shown, counted in zip(self._shown, (self.counts.rows, self.counts.tokens, 0), strict=True))
         rates = {"rows_per_s": round(rows_rate, 1), "tokens_per_s": round(tokens_rate, 1)}
         return asdict(self.counts) | {"rows": rows, "tokens": tokens, "actors": actors} | rates
 

@@ -170,7 +170,7 @@ class Prompter:
             keep = ends[-excess - 1] - start if excess < len(ends) else 0
             piece = piece[: min(keep, len(piece) - 1)]
             if not piece.strip():
-                raise Unfit("no_room", f"not one token of the text fits in max_tokens={self.max_tokens} with its template")
+                raise Unfit("no_room", f"nothing but white space, or not one token, of the text fits in max_tokens={self.max_tokens} with its template")
             encoding = self._tokenizer.encode(self.prompt(piece))
         return np.asarray(encoding.ids + self._eos, dtype=np.int32), True
 

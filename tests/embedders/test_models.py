@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -389,3 +392,13 @@ def test_a_directory_missing_on_this_node_is_named(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "m")
     with pytest.raises(ModelError, match="on this node"):
         models.fetch(source)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_without_a_traceback() -> None:
+    code = (
+        "from llmemb_ray.embedders.models import resolve\nfrom llmemb_ray.errors import ModelError\n"
+        "try:\n    resolve('no-such-owner/no-such-model-here')\nexcept ModelError as error:\n    print('refused:', error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("refused: model no-such-owner/no-such-model-here"), done.stdout + done.stderr

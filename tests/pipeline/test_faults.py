@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.faulty_fs import FAULTS, FOREVER
 
 import llmemb_ray
 from llmemb_ray.shards import commits
@@ -25,6 +24,7 @@ from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
+from tests.faulty_fs import FAULTS, FOREVER
 
 DIED = 9
 

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.pipeline.poison import POISON
 
 import llmemb_ray
 from llmemb_ray.config import EmbedSettings
@@ -19,6 +18,7 @@ from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
+from tests.pipeline.poison import POISON
 
 pytestmark = [pytest.mark.usefixtures("ray_with_fake_gpus"), pytest.mark.timeout(240)]
 

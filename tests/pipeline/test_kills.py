@@ -15,7 +15,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
 
 import llmemb_ray
 from llmemb_ray.errors import LeaseHeld
@@ -23,6 +22,7 @@ from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
+from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -178,5 +178,3 @@ def test_a_killed_driver_is_continued_and_a_second_one_kept_out(server: S3Server
     attempted = {name.rsplit("-", 1)[0] for name in seen - before}
     assert attempted & set(snapshot) == set(), "a committed unit was attempted again"
     assert_as_undisturbed(server, model, [snapshot])
-
-

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.s3_proxy import BadDay
-from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
 
 import llmemb_ray
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
+from tests.s3_proxy import BadDay
+from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
 
 
 def embed(server: S3Server, endpoint: str, output: str, model: Path) -> llmemb_ray.Receipt:

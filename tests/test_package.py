@@ -1,0 +1,106 @@
+"""The package as a whole: its public names, what importing it costs, its errors, its submitted jobs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmemb_ray
+from llmemb_ray import errors
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "ray", "peft", "bitsandbytes", "pyarrow", "pydantic", "numpy", "fsspec")
+
+
+def test_the_public_names_are_these() -> None:
+    assert llmemb_ray.__all__ == [
+        "EmbedStage",
+        "Embedder",
+        "LlmembError",
+        "Receipt",
+        "Representation",
+        "Run",
+        "__version__",
+        "embed",
+        "open_run",
+        "search",
+        "verify",
+    ]
+    assert dir(llmemb_ray) == llmemb_ray.__all__
+
+
+@pytest.mark.parametrize("name", llmemb_ray.__all__)
+def test_each_public_name_is_there_and_documented(name: str) -> None:
+    found = getattr(llmemb_ray, name)
+    assert name == "__version__" or found.__doc__
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = llmemb_ray.no_such_name
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    script = f"import sys, llmemb_ray; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_representation_and_embedders_never_import_ray() -> None:
+    script = "import sys, llmemb_ray.embedders.embedder, llmemb_ray.embedders.transformers_backend, llmemb_ray.representation; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def drawn_tree() -> dict[str, tuple[str | None, int | None]]:
+    """Class -> (base, exit code) out of the drawing in the docstring of ``errors``."""
+    tree: dict[str, tuple[str | None, int | None]] = {}
+    parents: dict[int, str] = {}
+    for line in str(errors.__doc__).splitlines():
+        match = re.match(r"(?P<lead>[ │├└─]+)(?P<name>[A-Z]\w+)(?P<rest>.*)$", line)
+        if not match:
+            continue
+        depth = (len(match["lead"]) - 4) // 4
+        code = re.search(r"exit (\d)", match["rest"])
+        tree[match["name"]] = (parents.get(depth - 1), int(code[1]) if code else None)
+        parents[depth] = match["name"]
+    return tree
+
+
+def test_the_tree_of_errors_is_the_one_drawn() -> None:
+    tree = drawn_tree()
+    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.LlmembError)}
+    assert tree.keys() == classes.keys()
+    for name, (base, code) in tree.items():
+        assert base is None or classes[base] in classes[name].__bases__, name
+        if code is not None:
+            assert classes[name].exit_code == code, name
+        elif base is not None:
+            assert classes[name].exit_code == classes[base].exit_code, name
+
+
+@pytest.mark.parametrize("path", sorted(path.relative_to(ROOT) for folder in ("llmemb_ray", "jobs") for path in (ROOT / folder).rglob("*.py")), ids=str)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse((ROOT / path).read_bytes()))
+
+
+def test_the_submitted_job_takes_the_arguments_of_the_command() -> None:
+    """Printed wide, so that no option name is broken over lines."""
+    shown = [
+        subprocess.run(
+            [sys.executable, *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={"COLUMNS": "200", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        )
+        for command in (["jobs/embed.py"], ["-m", "llmemb_ray.cli", "embed"])
+    ]
+    assert shown[0].stdout == shown[1].stdout
+    assert "--rows-per-unit" in shown[0].stdout
