@@ -232,12 +232,13 @@ def verify(settings: VerifySettings, as_json: bool) -> None:
 @command(llmemb, "search", SearchSettings)
 def search(settings: SearchSettings, as_json: bool) -> None:
     """Find the rows of RUN whose vectors are closest to each TEXT."""
+    from llmemb_ray.search.exact import load_embedder
     from llmemb_ray.search.exact import search as find
     from llmemb_ray.shards.run import Run
     from llmemb_ray.storage import Storage, absolute
 
     run = Run(Storage(absolute(settings.run), settings.access))
-    results = find(run, settings.text, top_k=settings.top_k)
+    results = find(run, settings.text, top_k=settings.top_k, embedder=load_embedder(run, settings.access, model=settings.model))
     if as_json:
         rows = [{"query": text, "hits": [hit.to_dict() for hit in hits]} for text, hits in zip(settings.text, results, strict=True)]
         click.echo(json.dumps(rows, indent=1, default=str))

@@ -54,7 +54,7 @@ class Settings(BaseModel):
 class StorageSettings(Settings):
     endpoint_url: str | None = setting(None, "Endpoint of an S3-compatible store; else AWS_ENDPOINT_URL.", panel="Storage")
     storage_options: dict[str, Any] = setting(
-        {}, "Options for fsspec's file system, in YAML or as --set storage_options.NAME=VALUE. Never recorded.", panel="Storage"
+        {}, "Options for fsspec's file system, in YAML or as --set storage_options.NAME=VALUE; by protocol where needed ({s3: {…}}). Never recorded.", panel="Storage"
     )
     storage_retry_seconds: float = setting(300.0, "How long a storage operation is retried before it fails.", panel="Storage", gt=0)
 
@@ -171,6 +171,7 @@ class SearchSettings(StorageSettings):
     run: str = setting(..., "Directory or URL prefix of a run.", panel="Search", argument=True)
     text: list[str] = setting(..., "Query texts.", panel="Search", argument=True)
     top_k: int = setting(5, "Results for each query.", panel="Search", ge=1)
+    model: str | None = setting(None, "Where the run's model is now, if not where it was; it must be the same.", panel="Search")
 
 
 class VerifySettings(StorageSettings):

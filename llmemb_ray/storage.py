@@ -127,7 +127,9 @@ class Access:
         return f"Access(endpoint_url={self.endpoint_url and redact(self.endpoint_url)!r})"
 
     def options_for(self, protocol: str) -> dict[str, Any]:
-        options = dict(self.options)
+        """The options for one protocol: those under its name where they are told apart by protocol, else all."""
+        by_protocol = all(isinstance(value, dict) and name in fsspec.available_protocols() for name, value in self.options.items())
+        options = dict(self.options.get(protocol, {})) if by_protocol else dict(self.options)
         if protocol in ("s3", "s3a"):
             config = dict(options.get("config_kwargs", {}))
             config.setdefault("retries", {"max_attempts": 0})  # Ours retries, for longer, and counts.
@@ -232,6 +234,13 @@ class Storage:
         except OSError as error:
             way_out = "; free some space and run the same command again, it resumes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise StorageError(f"cannot {what} {self.display(path)}: {_reason(error)}{way_out}") from error
+        except TypeError as error:
+            if "keyword argument" not in str(error) or not self.access.options:
+                raise
+            raise StorageError(
+                f"cannot {what} {self.display(path)}: an option in storage_options is not for this kind of storage ({_reason(error)}); "
+                "give options by protocol, as storage_options: {s3: {…}, http: {…}}"
+            ) from error
         except Exception as error:
             if (type(error).__module__ or "").startswith(_CLIENT_MODULES):
                 reason = f"{type(error).__name__}: {_reason(error)}"

@@ -362,3 +362,14 @@ def test_s3_wrong_credentials_and_buckets_fail_at_once_with_a_way_out(s3: S3Serv
         Storage("s3://Not_A Bucket/out", s3.access()).put("x", b"")
     assert time.monotonic() - began < 30
     assert RETRIES.take() == 0
+
+
+def test_options_can_be_told_apart_by_protocol(tmp_path: Path) -> None:
+    access = Access(options={"s3": {"key": "K"}, "http": {"block_size": 0}})
+    assert access.options_for("s3")["key"] == "K"
+    assert access.options_for("http") == {"block_size": 0}
+    assert access.options_for("file") == {}
+    assert Access(options={"key": "K"}).options_for("s3")["key"] == "K"
+    storage = Storage("http://127.0.0.1:9", Access(options={"key": "K"}, retry_seconds=0.1))
+    with pytest.raises(StorageError, match="give options by protocol"):
+        storage.read("x")

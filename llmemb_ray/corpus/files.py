@@ -66,6 +66,8 @@ def discover(inputs: list[str], access: Access) -> list[Found]:
 
 
 def _expand(url: str, access: Access) -> list[Found]:
+    if url.startswith(("http://", "https://")) and "?" in url:
+        raise InputError(f"input {redact(url)}?…: signed URLs are not supported, they would stand in the plan; give the bucket's own URL and credentials")
     if _GLOB.search(url):
         first = _GLOB.search(url)
         assert first is not None

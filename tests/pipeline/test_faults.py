@@ -51,7 +51,7 @@ def in_child(work: Callable[[], None]) -> int:
         code = 0
     except llmemb_ray.LlmembError as error:
         code = 10 + error.exit_code
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the child must never return into the parent's test
         traceback.print_exc()
         code = 1
     os._exit(code)
