@@ -1,7 +1,8 @@
-"""Writes docs/reference.md from the commands themselves: ``make docs``. A test holds the file to them."""
+"""Writes docs/reference.md from the commands themselves: ``make docs`` (``--print`` shows it). A test holds the file to them."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -66,4 +67,7 @@ def _panels(name: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "reference.md").write_text(reference(), encoding="utf-8")
+    if "--print" in sys.argv:
+        sys.stdout.write(reference())
+    else:
+        (Path(__file__).parent / "reference.md").write_text(reference(), encoding="utf-8")

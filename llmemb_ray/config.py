@@ -54,7 +54,9 @@ class Settings(BaseModel):
 class StorageSettings(Settings):
     endpoint_url: str | None = setting(None, "Endpoint of an S3-compatible store; else AWS_ENDPOINT_URL.", panel="Storage")
     storage_options: dict[str, Any] = setting(
-        {}, "Options for fsspec's file system, in YAML or as --set storage_options.NAME=VALUE; by protocol where needed ({s3: {…}}). Never recorded.", panel="Storage"
+        {},
+        "Options for fsspec's file system, in YAML or by --set storage_options.NAME=VALUE; by protocol if need be ({s3: {…}}). Not recorded.",
+        panel="Storage",
     )
     storage_retry_seconds: float = setting(300.0, "How long a storage operation is retried before it fails.", panel="Storage", gt=0)
 

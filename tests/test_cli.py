@@ -265,3 +265,8 @@ def test_the_console_script_returns_the_exit_code() -> None:
     done = subprocess.run([sys.executable, "-m", "llmemb_ray.cli", "status", "/no/run/here"], capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert done.returncode == 2
     assert done.stderr.startswith("llmemb: /no/run/here holds no run")
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    written = subprocess.run([sys.executable, str(ROOT / "docs" / "make_reference.py"), "--print"], capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == written, "docs/reference.md is out of date; run make docs"

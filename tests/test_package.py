@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -104,3 +105,18 @@ def test_the_submitted_job_takes_the_arguments_of_the_command() -> None:
     ]
     assert shown[0].stdout == shown[1].stdout
     assert "--rows-per-unit" in shown[0].stdout
+
+
+def test_the_wheel_installs_and_its_command_runs(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(root)], check=True)
+    (wheel,) = tmp_path.glob("llmemb_ray-*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    modules = {path.relative_to(root).as_posix() for path in (root / "llmemb_ray").rglob("*.py")}
+    assert {path.relative_to(site).as_posix() for path in (site / "llmemb_ray").rglob("*.py")} == modules
+    code = "import llmemb_ray, sys; from llmemb_ray.cli import main; print(llmemb_ray.__file__); sys.exit(main(['--version']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))

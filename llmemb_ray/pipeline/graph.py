@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,20 +68,28 @@ class Shape:
         return self.gpus > 0
 
 
-def connect(settings: EmbedSettings) -> bool:
-    """Connects to the cluster that the settings name, or starts one here. False if Ray was already up."""
-    if ray.is_initialized():
-        return False
-    address = settings.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    local = {"include_dashboard": False} if address == "local" else {}
-    # Ray's warnings about its own workings would drown the job's lines; its log files keep them.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+@contextmanager
+def cluster(settings: EmbedSettings) -> Iterator[Shape]:
+    """Connects to the cluster that the settings name, or starts one here, and gives what the job takes of it.
+
+    A Ray that was up before stays up. Raises ConfigError if none answers or nothing fits.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        address = settings.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+        local = {"include_dashboard": False} if address == "local" else {}
+        # Ray's warnings about its own workings would drown the job's lines; its log files keep them.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        try:
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False, **local)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(f"ray_address: no Ray cluster answers at {address}: {error}") from error
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **local)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"ray_address: no Ray cluster answers at {address}: {error}") from error
-    return True
+        yield shape(settings)
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def shape(settings: EmbedSettings) -> Shape:

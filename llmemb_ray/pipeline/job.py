@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmemb_ray.config import EmbedSettings, parse_actors
+from llmemb_ray.corpus.columns import Selection
+from llmemb_ray.corpus.files import Found
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import OutputError, RunFailed
@@ -21,10 +23,14 @@ from llmemb_ray.pipeline.progress import Counts, Reporter
 from llmemb_ray.shards import commits as commit_records
 from llmemb_ray.shards import lease
 from llmemb_ray.shards.commits import Commit
+from llmemb_ray.shards.plan import RECORD as PLAN_RECORD
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.receipt import Receipt, make_receipt
 from llmemb_ray.shards.run import DATA, OWN, REJECTS
 from llmemb_ray.storage import Storage, absolute, is_temporary
+
+if TYPE_CHECKING:
+    from llmemb_ray.pipeline.graph import Shape
 
 FAILURES_SHOWN = 5
 
@@ -50,66 +56,70 @@ def embed(input: str | list[str], output: str, *, model: str, quiet: bool = Fals
 
 def run(settings: EmbedSettings, *, quiet: bool = False) -> Receipt:
     """``embed`` for settings already made."""
-    counts = Counts()
-    reporter = Reporter(counts, quiet=quiet)
-    in_process = parse_actors(settings.actors) == (0, 0)
-    started_ray = False
-    try:
-        with reporter:
-            if in_process:
-                return _run(settings, None, counts, reporter)
-            from llmemb_ray.pipeline import graph
+    with Reporter(Counts(), quiet=quiet) as reporter:
+        prospect = look(settings)  # Before Ray is started: what is wrong with the input is told at once.
+        if settings.trust_remote_code:
+            reporter.say(f"trust_remote_code is set: Python code from {settings.model} runs in this job")
+        if parse_actors(settings.actors) == (0, 0):
+            return _run(settings, prospect, None, reporter)
+        from llmemb_ray.pipeline import graph
 
-            started_ray = graph.connect(settings)
-            return _run(settings, graph.shape(settings), counts, reporter)
-    finally:
-        if started_ray:
-            import ray
-
-            ray.shutdown()
+        with graph.cluster(settings) as shape:
+            return _run(settings, prospect, shape, reporter)
 
 
-def _run(settings: EmbedSettings, shape: Any, counts: Counts, reporter: Reporter) -> Receipt:
-    started = time.monotonic()
+@dataclass(frozen=True)
+class Prospect:
+    """What is known of a job before any process is started for it."""
+
+    output: Storage
+    spec: EmbedderSpec
+    found: list[Found]
+    selection: Selection
+
+
+def look(settings: EmbedSettings) -> Prospect:
+    """Settles the model and lists corpus and output. Raises ConfigError, InputError, ModelError or OutputError."""
     output = Storage(absolute(settings.output), settings.access)
-    gpu = shape.on_gpu if shape else models.default_device() == "cuda"
     spec = settle(settings)
-    spec = replace(spec, compute_dtype=models.resolve_dtype(spec.compute_dtype, "cuda" if gpu else "cpu"))
-    if settings.trust_remote_code:
-        reporter.say(f"trust_remote_code is set: Python code from {settings.model} runs in this job")
     found, selection = planning.find(settings)
-    stored = Plan.load(output)
-    if stored is None and not settings.overwrite:
+    if not settings.overwrite and not output.exists(PLAN_RECORD):
         _refuse_foreign(output)
+    return Prospect(output, spec, found, selection)
+
+
+def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, reporter: Reporter) -> Receipt:
+    started = time.monotonic()
+    output, found = prospect.output, prospect.found
+    gpu = shape.on_gpu if shape else models.default_device() == "cuda"
+    spec = replace(prospect.spec, compute_dtype=models.resolve_dtype(prospect.spec.compute_dtype, "cuda" if gpu else "cpu"))
     with lease.LeaseHolder(output, reporter.snapshot, waiting=reporter.say) as held:
         if settings.overwrite:
             clear(output)
-            stored = None
-        if stored is None:
-            plan = planning.make_plan(settings, spec, found, selection, actors=shape.most if shape else 1, gpu=gpu)
+        plan = Plan.load(output)
+        if plan is None:
+            plan = planning.make_plan(settings, spec, found, prospect.selection, actors=shape.most if shape else 1, gpu=gpu)
             plan.save(output)
         else:
-            plan = stored
             _require_same(plan, settings, spec, found, output)
         receipt = Receipt.load(output)
         if receipt is None:
             _warn_versions(plan, reporter)
-            _embed_units(settings, plan, spec, shape, output, counts, reporter, held)
+            _embed_units(settings, plan, spec, shape, output, reporter, held)
             receipt = finish(plan, output, started)
     receipt.check_rejects(settings.max_reject_rate, settings.reject_floor, output.url)
     return receipt
 
 
 def _embed_units(
-    settings: EmbedSettings, plan: Plan, spec: EmbedderSpec, shape: Any, output: Storage, counts: Counts, reporter: Reporter, held: lease.LeaseHolder
+    settings: EmbedSettings, plan: Plan, spec: EmbedderSpec, shape: Shape | None, output: Storage, reporter: Reporter, held: lease.LeaseHolder
 ) -> None:
     """Runs every unit without a commit. Raises RunFailed if some could not be done."""
+    counts = reporter.counts
     done = commit_records.committed_units(output)
-    counts.units_total = sum(1 for _ in plan.units())
-    counts.rows_total = plan.rows
-    counts.units = len(done)
     committed_rows = sum(unit.rows for unit in plan.units() if unit.name in done)
-    counts.rows = committed_rows
+    counts.units, counts.rows, counts.rows_total = len(done), committed_rows, plan.rows
+    counts.units_total = sum(1 for _ in plan.units())
     if done:
         reporter.say(f"continuing: {counts.units:,} of {counts.units_total:,} units are already committed")
     if counts.units == counts.units_total:
@@ -130,21 +140,21 @@ def _embed_units(
         rows, tokens, actors = execution.live()
         return rows + committed_rows, tokens, actors
 
-    reporter.live = live
     failures: dict[str, str] = {}
-    for tasks in windows(plan, done, settings.window_units):
-        for unit, commit, error in execution.run(tasks):
-            if commit is not None:
-                counts.units += 1
-                counts.rows += commit.rows
-                counts.tokens += commit.tokens
-                counts.rejects += commit.rejected
-                counts.storage_retries += commit.storage_retries
-            else:
-                failures[unit] = str(error)
-                counts.failed_units = len(failures)
-            if held.lost:
-                raise OutputError(f"{held.lost}; this driver stops, what it committed stands")
+    with reporter.watching(live):
+        for tasks in windows(plan, done, settings.window_units):
+            for unit, commit, error in execution.run(tasks):
+                if commit is not None:
+                    counts.units += 1
+                    counts.rows += commit.rows
+                    counts.tokens += commit.tokens
+                    counts.rejects += commit.rejected
+                    counts.storage_retries += commit.storage_retries
+                else:
+                    failures[unit] = str(error)
+                    counts.failed_units = len(failures)
+                if held.lost:
+                    raise OutputError(f"{held.lost}; this driver stops, what it committed stands")
     if failures:
         shown = "\n".join(f"  unit {unit}: {error}" for unit, error in list(failures.items())[:FAILURES_SHOWN])
         more = f"\n  … and {len(failures) - FAILURES_SHOWN} more" if len(failures) > FAILURES_SHOWN else ""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,12 +41,13 @@ class Counts:
 class Reporter:
     """Shows ``Counts`` while its ``with`` block runs.
 
-    live: what workers report between commits: (rows, tokens, actors alive). quiet: show nothing.
+    quiet: show nothing.
     """
 
     def __init__(self, counts: Counts, *, quiet: bool = False, stream: Any = None) -> None:
         self.counts = counts
-        self.live: Callable[[], tuple[int, int, int]] | None = None
+        self._live: Callable[[], tuple[int, int, int]] | None = None
+        self._lock = threading.Lock()
         self._quiet = quiet
         self._console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
@@ -74,6 +76,16 @@ class Reporter:
         else:
             self._line()  # A log ends with where the job stands, however short it was.
 
+    @contextmanager
+    def watching(self, live: Callable[[], tuple[int, int, int]]) -> Iterator[None]:
+        """Within this block asks ``live`` for (rows, tokens, actors alive) as workers report them between commits; never after it."""
+        self._live = live
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._live = None
+
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
         if not self._quiet:
@@ -95,10 +107,15 @@ class Reporter:
                 self._line()
 
     def _look(self) -> None:
-        rows, tokens, actors = self.live() if self.live else (0, 0, 0)
+        with self._lock:
+            rows, tokens, actors = self._live() if self._live else (0, 0, 0)
         # Workers count what they have computed, commits what is safe: the larger is where the job stands.
         self._shown = (max(self.counts.rows, min(rows, self.counts.rows_total)), max(self.counts.tokens, tokens), actors or self.counts.actors)
+        if not self.counts.units_total:
+            return
         now = time.monotonic()
+        if self._history and self._history[0][1:] == self._shown[:2]:
+            self._history.clear()  # Nothing is done yet: the time in which the model loads is no part of a rate.
         self._history.append((now, self._shown[0], self._shown[1]))
         while len(self._history) > 2 and self._history[0][0] < now - RATE_SECONDS:
             self._history.pop(0)

@@ -50,8 +50,7 @@ def test_a_log_gets_plain_lines_with_the_numbers_that_matter() -> None:
         return done[0], done[0] * 20, 2
 
     reporter = Reporter(counts, stream=stream)
-    reporter.live = live
-    with reporter:
+    with reporter, reporter.watching(live):
         wait()
         counts.units, counts.rows, counts.failed_units = 12, 12000, 0
     first, *_, last = stream.getvalue().splitlines()
@@ -69,8 +68,11 @@ def test_rates_and_eta_follow_the_numbers() -> None:
     began = time.monotonic()
     counts = Counts(units_total=10, rows_total=100_000)
     reporter = Reporter(counts, stream=io.StringIO())
-    reporter.live = lambda: (int((time.monotonic() - began) * 1000), int((time.monotonic() - began) * 30000), 4)
-    with reporter:
+
+    def live() -> tuple[int, int, int]:
+        return (int((time.monotonic() - began) * 1000), int((time.monotonic() - began) * 30000), 4)
+
+    with reporter, reporter.watching(live):
         wait(3.4)
         seen = reporter.snapshot()
         text = reporter._text()
@@ -86,8 +88,11 @@ def test_the_snapshot_never_shows_less_than_what_is_committed_nor_more_than_ther
     counts = Counts(units=1, units_total=2, rows=50, rows_total=100, tokens=900)
     reporter = Reporter(counts, quiet=True)
     assert (reporter.snapshot()["rows"], reporter.snapshot()["tokens"]) == (50, 900), "before the first look"
-    reporter.live = lambda: (5000, 100, 1)  # attempts that were lost and made again count twice
-    with reporter:
+
+    def live() -> tuple[int, int, int]:
+        return 5000, 100, 1  # attempts that were lost and made again count twice
+
+    with reporter, reporter.watching(live):
         wait(1.4)
         seen = reporter.snapshot()
     assert (seen["rows"], seen["tokens"], seen["units"], seen["units_total"]) == (100, 900, 1, 2)
@@ -150,3 +155,20 @@ def test_a_terminal_gets_a_bar_and_is_left_in_order() -> None:
     assert "units 1/4" in text
     assert "rows 400/400" in text
     assert text.rstrip().endswith("\x1b[?25h") or text.count("\x1b[?25h") == text.count("\x1b[?25l"), "the cursor was left hidden"
+
+
+def test_nothing_is_asked_of_the_workers_once_their_work_is_over() -> None:
+    """A question put to Ray after it is shut down would start another Ray."""
+    asked: list[float] = []
+
+    def live() -> tuple[int, int, int]:
+        asked.append(time.monotonic())
+        return 0, 0, 1
+
+    with Reporter(Counts(units_total=1, rows_total=10), quiet=True) as reporter:
+        with reporter.watching(live):
+            wait(1.3)
+        over = time.monotonic()
+        wait(2.3)
+    assert asked
+    assert max(asked) < over
