@@ -222,7 +222,7 @@ def _varlen_cuda(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    left = -1 if window is None else window - 1
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     out = varlen_attn(
         query.contiguous(),
         key.contiguous(),
@@ -232,8 +232,8 @@ def _varlen_cuda(
         longest_q,
         longest_k,
         scale=scale,
-        window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        window_size=(-1 if window is None else window - 1, 0),
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)
     return out

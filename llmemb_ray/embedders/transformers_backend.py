@@ -236,9 +236,14 @@ class TransformersBackend:
             logger.warning("%s runs padded: %s", self.config.model_type, error)
             return "padded"
         self.mode = "packed"
-        if self._agrees_with(plain, lists, tokens):
-            return "packed"
-        logger.warning("packed attention does not agree with %s's own; this model runs as padded batches", self.config.model_type)
+        try:
+            if self._agrees_with(plain, lists, tokens):
+                return "packed"
+            reason = "its vectors do not agree with the model's own attention"
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            # No kernel for this precision, head size or device: float32 on a GPU, for one.
+            reason = str(error).splitlines()[0]
+        logger.warning("packed attention does not serve %s here (%s); this model runs as padded batches", self.config.model_type, reason)
         self.model.set_attn_implementation(plain_attention)
         return "padded"
 

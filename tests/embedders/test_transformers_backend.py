@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from llmemb_ray.embedders import capabilities
+from llmemb_ray.embedders import attention, capabilities
 from llmemb_ray.embedders.models import load_model
 from llmemb_ray.embedders.transformers_backend import TransformersBackend, output_size
 from llmemb_ray.errors import ConfigError, ModelError
@@ -312,3 +312,19 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
 def test_what_packed_attention_lacks_is_not_packed(change: dict[str, Any]) -> None:
     assert capabilities.mode(config_of("gemma3_text")) == "packed"
     assert capabilities.mode(config_of("gemma3_text", **change)) == "padded"
+
+
+def test_a_model_whose_packed_pass_cannot_run_is_padded_and_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As on a GPU without a kernel for the model's precision or head size."""
+
+    def no_kernel(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+
+    path = make_model(tmp_path / "llama", "llama")
+    rows = TokenRows.from_lists([np.arange(3, 20, dtype=np.int32), np.arange(5, 9, dtype=np.int32)])
+    wanted = TransformersBackend(load_model(path)).embed(rows).vectors
+    monkeypatch.setattr(attention, "cascade", no_kernel)
+    backend = TransformersBackend(load_model(path))
+    assert backend.mode == "padded"
+    assert "fp16 and bf16" in caplog.text
+    torch.testing.assert_close(backend.embed(rows).vectors, wanted, atol=1e-5, rtol=0)
