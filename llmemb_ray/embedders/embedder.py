@@ -119,7 +119,7 @@ class Embedder:
 
         self.spec, self.representation = spec, spec.representation
         model = models.load_model(
-            models.fetch(spec.model, spec.access),
+            models.fetch(spec.model, spec.access, pickled=spec.allow_pickle),
             compute_dtype=spec.compute_dtype,
             quantization=spec.quantization,
             device=device,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 PICKLED = (".bin", ".pt", ".pth")
+OTHER_FRAMEWORKS = (".gguf", ".h5", ".msgpack", ".onnx")
 
 SAMPLED_BLOCK_BYTES = 2**16
 SAMPLED_BLOCKS = 64
@@ -134,8 +135,12 @@ def _directory_digest(storage: Storage, what: str) -> str:
     return "sha256:" + digest(storage.map(one, sorted(sizes)))
 
 
-def fetch(source: ModelSource, access: Access | None = None, *, weights: bool = True) -> Path:
-    """The local directory with the model's files, brought to this node if need be, once. Raises ModelError."""
+def fetch(source: ModelSource, access: Access | None = None, *, weights: bool = True, pickled: bool = False) -> Path:
+    """The local directory with the model's files, brought to this node if need be, once. Raises ModelError.
+
+    weights: bring the weights too; pickled: even those that are pickled, which a repository often holds beside the same in safetensors.
+    """
+    left_out = WEIGHTS if not weights else OTHER_FRAMEWORKS if pickled else (*PICKLED, *OTHER_FRAMEWORKS)
     if source.kind == "directory":
         path = Path(source.name)
         if not path.is_dir():
@@ -144,20 +149,21 @@ def fetch(source: ModelSource, access: Access | None = None, *, weights: bool = 
     if source.kind == "hub":
         from huggingface_hub import snapshot_download
 
-        ignore = [f"*{ending}" for ending in WEIGHTS] if not weights else ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+        ignore = [*(f"*{ending}" for ending in left_out), "original/*"]
         try:
             return Path(snapshot_download(source.name, revision=source.commit, ignore_patterns=ignore))
         except (OSError, ValueError) as error:
             raise ModelError(f"model {source.name}: cannot bring commit {source.commit} to this node: {error}") from error
-    return _fetch_url(source, access, weights)
+    return _fetch_url(source, access, left_out)
 
 
-def _fetch_url(source: ModelSource, access: Access | None, weights: bool) -> Path:
+def _fetch_url(source: ModelSource, access: Access | None, left_out: tuple[str, ...]) -> Path:
     from filelock import FileLock
 
     cache = Path(os.environ.get("LLMEMB_CACHE", Path.home() / ".cache" / "llmemb_ray")) / "models"
     cache.mkdir(parents=True, exist_ok=True)
-    target = cache / (source.commit.removeprefix("sha256:")[:32] + ("" if weights else "-small"))
+    kind = {WEIGHTS: "-small", OTHER_FRAMEWORKS: "-pickled"}.get(left_out, "")
+    target = cache / (source.commit.removeprefix("sha256:")[:32] + kind)
     with FileLock(f"{target}.lock"):
         if target.is_dir():
             return target
@@ -166,7 +172,7 @@ def _fetch_url(source: ModelSource, access: Access | None, weights: bool) -> Pat
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for entry in storage.list():
-            if not weights and entry.path.endswith(WEIGHTS):
+            if entry.path.endswith(left_out):
                 continue
             destination = (partial / entry.path).resolve()
             if not destination.is_relative_to(partial.resolve()):
@@ -340,7 +346,7 @@ def _check_weight_files(path: Path, allow_pickle: bool) -> None:
     if not any(name.endswith(".safetensors") for name in names) and not allow_pickle:
         if any(name.endswith(PICKLED) for name in names):
             raise ModelError(f"model {path}: holds only pickled weights, which can run code when loaded; convert them to safetensors, or set allow_pickle")
-        raise ModelError(f"model {path}: holds no .safetensors weights")
+        raise ModelError(f"model {path}: holds no .safetensors weights; pickled ones (.bin), if it has them, are brought and loaded only with allow_pickle")
 
 
 def _adapter_keys(adapter: Path) -> set[str]:
