@@ -34,6 +34,8 @@ GPU_BUDGET = (8192, 262144)
 
 SELF_TEST_COSINE = {"float32": 0.9999, "bfloat16": 0.98, "float16": 0.98}
 """Least cosine between a packed and a plain forward pass of a few random tokens; a wrong mask or position falls far below."""
+LLM_INT8_COSINE = 0.98
+"""The same for LLM.int8, which chooses outlier columns a batch at a time: other rows, other rounding."""
 
 
 @dataclass
@@ -220,7 +222,7 @@ class TransformersBackend:
         tokens = generator.integers(0, int(self.config.vocab_size), 12).astype(np.int32)
         lists = [tokens[:7], np.concatenate([tokens[:7], tokens[8:]]), tokens[3:6]]
         plain = [self._forward(torch.from_numpy(row.astype(np.int64)).to(self.device)[None])[0] for row in lists]
-        if not _agree(plain[0], plain[1][:7]):
+        if not self._agree(plain[0], plain[1][:7]):
             raise ModelError(
                 f"model of type {self.config.model_type} is not causal: its states depend on later tokens; llmemb embeds with causal language models"
             )
@@ -255,7 +257,12 @@ class TransformersBackend:
         finally:
             self.pooling = pooling
             self._prefixes.clear()
-        return all(_agree(states[-1:], vector[None]) for states, vector in zip(plain, vectors, strict=True))
+        return all(self._agree(states[-1:], vector[None]) for states, vector in zip(plain, vectors, strict=True))
+
+    def _agree(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        eight_bit = any(type(module).__name__ == "Linear8bitLt" for module in self.model.modules())
+        least = LLM_INT8_COSINE if eight_bit else SELF_TEST_COSINE.get(str(a.dtype).removeprefix("torch."), 0.98)
+        return bool(torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).min() >= least)
 
 
 def check_layer(layer: int, layers: int) -> None:
@@ -268,8 +275,3 @@ def output_size(config: Any, layer: int) -> int:
     """D of the states at a layer (OPT-350M projects its last states down to the size of its token embeddings)."""
     last = layer in (-1, config.num_hidden_layers)
     return int((getattr(config, "word_embed_proj_dim", None) if last else None) or config.hidden_size)
-
-
-def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
-    least = SELF_TEST_COSINE.get(str(a.dtype).removeprefix("torch."), 0.98)
-    return bool(torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).min() >= least)

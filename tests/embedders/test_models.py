@@ -268,6 +268,19 @@ def test_nf4_is_close_to_full_precision(real_models: Path) -> None:
     assert torch.nn.functional.cosine_similarity(packed, single).min() > 0.9999
 
 
+def test_llm_int8_is_close_to_full_precision(real_models: Path) -> None:
+    """Its vectors may depend on their neighbours (outlier columns are chosen a batch at a time), so only closeness is asked."""
+    path = real_models / "TinyStories-656K"
+    exact, quantised = load(path), load(path, quantization="llm.int8")
+    assert any("8bit" in type(module).__name__ for module in quantised.modules())
+    cosines = torch.nn.functional.cosine_similarity(states(exact), states(quantised))
+    assert cosines.mean() > 0.99
+    assert cosines.mean() < 1 - 1e-7
+    rows = TokenRows.from_lists([IDS[0, :n].numpy() for n in (5, 9, 20, 37)])
+    packed, plain = TransformersBackend(quantised).embed(rows).vectors, TransformersBackend(exact).embed(rows).vectors
+    assert torch.nn.functional.cosine_similarity(packed, plain).min() > 0.98
+
+
 def test_nf4_with_an_adapter_is_peft_s_own(real_models: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
