@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.small_models import SENTENCES, make_model
 
+pytest_plugins = ["tests.s3_server"]
+
 SHARED = Path(os.environ.get("LLMEMB_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -4,7 +4,7 @@
         storage = Storage(s3.url("out"), s3.access())       in Python
         subprocess.run([...], env=os.environ | s3.environment)    in another process
 
-Import the fixture ``s3`` into a test module or a conftest (``from tests.s3_server import s3``).
+The fixture ``s3`` is there for every test (``conftest`` loads this module as a plugin): one server a session, a bucket a test.
 """
 
 from __future__ import annotations

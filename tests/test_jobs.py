@@ -18,7 +18,7 @@ from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.ray_cluster import ENVIRONMENT, RAY, RayCluster
-from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
+from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -47,7 +47,7 @@ def submit(cluster: RayCluster, server: S3Server, directory: Path, *arguments: s
     return done
 
 
-def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:
     s3.path("corpus").mkdir(parents=True)
     s3.path("model").mkdir()
     for file in model.iterdir():
@@ -65,7 +65,7 @@ def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3
     assert run.receipt.units == 24
 
 
-def test_a_failing_job_fails_in_plain_words(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_failing_job_fails_in_plain_words(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:
     done = submit(cluster, s3, tmp_path / "upload", s3.url("nothing-here"), s3.url("out"), "--model", str(model))
     assert done.returncode == 1, "ray job submit exits 1 for any failed job"
     assert "nothing found at" in done.stdout or "no Parquet files" in done.stdout, done.stdout

@@ -17,9 +17,7 @@ import pytest
 from llmemb_ray.errors import ConfigError, NotFound, StorageError
 from llmemb_ray.storage import RETRIES, Access, Storage, absolute, is_temporary, locate, redact
 from tests.faulty_fs import FAULTS, FOREVER
-from tests.s3_server import KEY, SECRET, S3Server, s3, s3_server
-
-__all__ = ["s3", "s3_server"]
+from tests.s3_server import KEY, SECRET, S3Server
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,7 @@ import pytest
 from llmemb_ray.corpus.files import Footer, Found, discover, footers, partition_values
 from llmemb_ray.errors import InputError, StorageError
 from llmemb_ray.storage import Access
-from tests.s3_server import S3Server, s3, s3_server
-
-__all__ = ["s3", "s3_server"]
+from tests.s3_server import S3Server
 
 
 def write(path: Path, rows: int = 3, **columns: list[object]) -> Path:

@@ -19,7 +19,7 @@ from llmemb_ray.pipeline import job
 from llmemb_ray.shards import commits
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.storage import Storage
-from tests.s3_server import KEY, SECRET, S3Server, s3, s3_server  # noqa: F401
+from tests.s3_server import KEY, SECRET, S3Server
 from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, write
 from tests.small_models import make_model
 
@@ -259,7 +259,7 @@ SIGNATURE = "sig-0123456789-secret"
 
 
 def test_secrets_stand_in_no_file_message_or_output(
-    s3: S3Server,  # noqa: F811
+    s3: S3Server,
     model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

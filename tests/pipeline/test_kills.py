@@ -22,7 +22,7 @@ from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
-from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
+from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -82,7 +82,7 @@ class Driver:
 
 
 @pytest.fixture
-def server(s3: S3Server) -> S3Server:  # noqa: F811
+def server(s3: S3Server) -> S3Server:
     s3.path("corpus").mkdir()
     for file in range(4):
         numbers = range(file * ROWS // 4, (file + 1) * ROWS // 4)

@@ -13,7 +13,7 @@ from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.s3_proxy import BadDay
-from tests.s3_server import S3Server, s3, s3_server  # noqa: F401
+from tests.s3_server import S3Server
 
 
 def embed(server: S3Server, endpoint: str, output: str, model: Path) -> llmemb_ray.Receipt:
@@ -37,7 +37,7 @@ def contents(server: S3Server, output: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.timeout(240)
-def test_throttled_cut_and_slow(s3: S3Server, corpus: Path, model: Path) -> None:  # noqa: F811
+def test_throttled_cut_and_slow(s3: S3Server, corpus: Path, model: Path) -> None:
     s3.path("corpus").mkdir(parents=True, exist_ok=True)
     for file in corpus.iterdir():
         s3.path(f"corpus/{file.name}").write_bytes(file.read_bytes())

@@ -19,11 +19,9 @@ from llmemb_ray.shards.receipt import PATH as RECEIPT
 from llmemb_ray.shards.run import Run, open_run
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.storage import Storage
-from tests.s3_server import S3Server, s3, s3_server
+from tests.s3_server import S3Server
 from tests.shards.conftest import Finished
 from tests.shards.small_plan import commit_of, small_plan
-
-__all__ = ["s3", "s3_server"]
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
