@@ -108,7 +108,7 @@ class Reporter:
 
     def _look(self) -> None:
         with self._lock:
-            rows, tokens, actors = self._live() if self._live else (0, 0, 0)
+            rows, tokens, actors = self._live() if self._live else self._shown
         # Workers count what they have computed, commits what is safe: the larger is where the job stands.
         self._shown = (max(self.counts.rows, min(rows, self.counts.rows_total)), max(self.counts.tokens, tokens), actors or self.counts.actors)
         if not self.counts.units_total:
