@@ -25,6 +25,7 @@ from llmemb_ray.shards import lease
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.plan import RECORD as PLAN_RECORD
 from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.receipt import PATH as RECEIPT
 from llmemb_ray.shards.receipt import Receipt, make_receipt
 from llmemb_ray.shards.run import DATA, OWN, REJECTS
 from llmemb_ray.storage import Storage, absolute, is_temporary
@@ -199,11 +200,13 @@ def finish(plan: Plan, output: Storage, started: float) -> Receipt:
 
 
 def clear(output: Storage) -> None:
-    """Deletes a run: its own files and nothing else that stands beside them. The receipt goes first, the plan last."""
-    output.delete([f"{OWN}/receipt.json"])
-    for directory in (DATA, REJECTS, commit_records.DIRECTORY):
+    """Deletes a run: its own files and nothing else that stands beside them.
+
+    Receipt and commits go first and the plan last: stopped in between, what is left is a run that has nothing done yet.
+    """
+    output.delete([RECEIPT, commit_records.COMPACTED])
+    for directory in (commit_records.DIRECTORY, DATA, REJECTS):
         output.delete_tree(directory)
-    output.delete([commit_records.COMPACTED])
     output.delete_tree(f"{OWN}/plan")
 
 

@@ -18,6 +18,7 @@ from llmemb_ray.errors import LlmembError, OutputError, RejectsExceeded, RunFail
 from llmemb_ray.pipeline import job
 from llmemb_ray.shards import commits
 from llmemb_ray.shards.schema import vectors_of
+from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.s3_server import KEY, SECRET, S3Server
 from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, write
@@ -322,3 +323,24 @@ def test_the_python_call_takes_what_the_command_takes(tmp_path: Path, model: Pat
         [str(corpus / "part-0.parquet"), str(corpus / "part-2.parquet")], str(tmp_path / "out"), model=str(model), actors="0", quiet=True
     )
     assert (receipt.rows_read, receipt.rows_embedded) == (80, 80)
+
+
+def test_an_overwriting_that_is_stopped_leaves_nothing_that_passes_for_done(corpus: Path, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    settings = {"model": str(model), "actors": "0", "quiet": True, "rows_per_unit": 10}
+    first = llmemb_ray.embed(str(corpus), str(output), **settings)
+
+    class Stopped(Storage):
+        """Stops at the first shard that it should delete."""
+
+        def delete_tree(self, path: str) -> None:
+            if path == "data":
+                raise KeyboardInterrupt
+            super().delete_tree(path)
+
+    with pytest.raises(KeyboardInterrupt):
+        job.clear(Stopped(str(output)))
+    again = llmemb_ray.embed(str(corpus), str(output), **settings)
+    assert (again.rows_embedded, again.units) == (first.rows_embedded, first.units)
+    assert again.finished > first.finished
+    assert verify(llmemb_ray.open_run(str(output))).problems == []
