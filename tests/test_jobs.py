@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -32,12 +31,10 @@ def cluster() -> Iterator[RayCluster]:
     cluster.stop()
 
 
-def submit(cluster: RayCluster, server: S3Server, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Submits ``jobs/embed.py`` from a copy of the tree that holds only what a user would upload."""
-    for name in ("jobs", "llmemb_ray"):
-        shutil.copytree(ROOT / name, directory / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+def submit(cluster: RayCluster, server: S3Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Submits ``jobs/embed.py`` from this checkout, as the README says; what git ignores stays behind."""
     runtime_env = json.dumps({"env_vars": server.environment | {"HF_HUB_OFFLINE": "1"}})
-    command = [RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", str(directory), "--runtime-env-json", runtime_env]
+    command = [RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--runtime-env-json", runtime_env]
     command += ["--", sys.executable, "jobs/embed.py", *arguments]
     for _ in range(30):
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
@@ -47,7 +44,7 @@ def submit(cluster: RayCluster, server: S3Server, directory: Path, *arguments: s
     return done
 
 
-def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:
+def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3Server, model: Path) -> None:
     s3.path("corpus").mkdir(parents=True)
     s3.path("model").mkdir()
     for file in model.iterdir():
@@ -56,7 +53,7 @@ def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3
         rows = range(number * 200, (number + 1) * 200)
         pq.write_table(pa.table({"id": list(rows), "text": [f"document {row}" for row in rows]}), s3.path(f"corpus/{number}.parquet"), row_group_size=100)
     arguments = [s3.url("corpus"), s3.url("out"), "--model", s3.url("model"), "--actors", "2", "--cpus-per-actor", "1", "--rows-per-unit", "25"]
-    done = submit(cluster, s3, tmp_path / "upload", *arguments)
+    done = submit(cluster, s3, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "600 rows read = 600 embedded + 0 rejected" in done.stdout
     run = Run(Storage(s3.url("out"), s3.access()))
@@ -65,7 +62,7 @@ def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3
     assert run.receipt.units == 24
 
 
-def test_a_failing_job_fails_in_plain_words(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:
-    done = submit(cluster, s3, tmp_path / "upload", s3.url("nothing-here"), s3.url("out"), "--model", str(model))
+def test_a_failing_job_fails_in_plain_words(cluster: RayCluster, s3: S3Server, model: Path) -> None:
+    done = submit(cluster, s3, s3.url("nothing-here"), s3.url("out"), "--model", str(model))
     assert done.returncode == 1, "ray job submit exits 1 for any failed job"
     assert "nothing found at" in done.stdout or "no Parquet files" in done.stdout, done.stdout
