@@ -254,7 +254,6 @@ def load_model(
     adapter: Path | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    attention: str | None = None,
 ) -> PreTrainedModel:
     """The decoder without its language-model head, in evaluation mode, on its device or devices.
 
@@ -276,8 +275,6 @@ def load_model(
         "output_loading_info": True,
         "device_map": "auto" if several else {"": device},
     }
-    if attention:
-        options["attn_implementation"] = attention
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

@@ -187,12 +187,11 @@ def finish(plan: Plan, output: Storage, started: float) -> Receipt:
     commits = commit_records.read_all(output)
     receipt = make_receipt(plan, commits, seconds_wall=time.monotonic() - started, versions=planning.versions(), finished=time.time())
     named = {path for commit in commits for path in (commit.shard, commit.rejects) if path}
-    stray = [entry.path for directory in (DATA, REJECTS) for entry in output.list(directory) if entry.path not in named]
     present = {entry.path for directory in (DATA, REJECTS) for entry in output.list(directory)}
     missing = sorted(named - present)
     if missing:
         raise RunFailed(f"{len(missing)} files that commits name are gone, {output.display(missing[0])} among them; delete their commits to embed them again")
-    output.delete(stray)
+    output.delete(sorted(present - named))
     output.delete([entry.path for entry in output.list(OWN) if is_temporary(entry.path)])
     commit_records.compact(output, commits)
     receipt.save(output)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -126,30 +125,37 @@ def _to_ipc(table: pa.Table) -> pa.LargeBinaryArray:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
-@lru_cache(maxsize=4)
-def _prompter(spec_json: str, role: Role) -> Prompter:
-    representation, tokenizer, eos_id = json.loads(spec_json)
-    from llmemb_ray.representation import Representation
-
-    return Prompter(Representation.from_dict(representation), role, tokenizer_json=tokenizer, eos_id=eos_id)
+_PROMPTERS: dict[tuple[str, Role], Prompter] = {}
 
 
-def prompter_of(spec: EmbedderSpec, role: Role) -> Prompter:
-    """The prompter of a spec, made once a process: parsing a tokenizer takes a good part of a second."""
-    return _prompter(json.dumps([spec.representation.to_dict(), spec.tokenizer.json, spec.tokenizer.eos_id]), role)
+def _prompter(job: Job) -> Prompter:
+    """The job's prompter, made once a process: parsing a tokenizer takes a good part of a second."""
+    key = (job.space, job.role)
+    if key not in _PROMPTERS:
+        _PROMPTERS[key] = job.spec.prompter(job.role)
+    return _PROMPTERS[key]
 
 
 def prepare(job: Job, task: ReadTask) -> Iterator[Prepared]:
-    """The wanted units of a piece. What goes wrong with the file or the filter becomes the error of each unit it hits."""
+    """The wanted units of a piece. What goes wrong with the file becomes the error of each unit still to come, what goes
+    wrong with a unit's own rows (a filter that fails on one) the error of that unit alone."""
     RETRIES.take()
     left = {unit.name: unit for unit in task.piece.units if unit.name in task.wanted}
     try:
         for unit, table in read_units(task.file, task.piece, job.selection, job.access, task.wanted):
-            yield prepare_unit(job, unit, table)
             del left[unit.name]
+            try:
+                prepared = prepare_unit(job, unit, table)
+            except LlmembError as error:
+                prepared = _impossible(unit, error)
+            yield prepared
     except LlmembError as error:
         for unit in left.values():
-            yield Prepared(unit, pa.table({}), REJECTS.empty_table(), storage_retries=RETRIES.take(), error=str(error))
+            yield _impossible(unit, error)
+
+
+def _impossible(unit: Unit, error: LlmembError) -> Prepared:
+    return Prepared(unit, pa.table({}), REJECTS.empty_table(), storage_retries=RETRIES.take(), error=str(error))
 
 
 def prepare_unit(job: Job, unit: Unit, table: pa.Table) -> Prepared:
@@ -159,7 +165,7 @@ def prepare_unit(job: Job, unit: Unit, table: pa.Table) -> Prepared:
         numbered = filtered(numbered, job.selection.filter)
     texts, problems = job.selection.texts(numbered)
     good = [row for row, text in enumerate(texts) if text is not None]
-    rows, unfit = prompter_of(job.spec, job.role).tokenize([text for text in texts if text is not None])
+    rows, unfit = _prompter(job).tokenize([text for text in texts if text is not None])
     fit: list[int] = []
     for position, (row, problem) in enumerate(zip(good, unfit, strict=True)):
         if problem is None:

@@ -80,9 +80,12 @@ def path(unit: str) -> str:
 
 def committed_units(storage: Storage) -> set[str]:
     """Names of the units that are done: those with a commit of their own, by listing alone, and the compacted ones."""
+    return _single_units(storage) | {commit.unit for commit in _compacted(storage)}
+
+
+def _single_units(storage: Storage) -> set[str]:
     names = (entry.path.rsplit("/", 1)[1] for entry in storage.list(DIRECTORY) if not is_temporary(entry.path))
-    single = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    return single | {commit.unit for commit in _compacted(storage)}
+    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
 
 
 def read(storage: Storage, unit: str) -> Commit:
@@ -96,7 +99,7 @@ def write(storage: Storage, commit: Commit) -> None:
 def read_all(storage: Storage) -> list[Commit]:
     """The commit that stands for each unit, compacted or not, by unit."""
     commits = {commit.unit: commit for commit in _compacted(storage)}
-    single = sorted(committed_units(storage) - set(commits))
+    single = sorted(_single_units(storage) - set(commits))
     commits |= zip(single, storage.map(lambda unit: read(storage, unit), single), strict=True)
     return [commits[unit] for unit in sorted(commits)]
 

@@ -151,3 +151,11 @@ print([name for name in ("torch", "transformers", "ray", "peft", "bitsandbytes")
         [sys.executable, "-c", script, str(tmp_path / "job.pickle")], capture_output=True, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_filter_that_breaks_on_a_row_spares_the_other_units_of_its_row_group(tmp_path: Path, model: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", ["a", "b", "c", "d"], number=["x", "2", "3", "4"], row_group_size=4)
+    ready = settled(tmp_path / "in", tmp_path / "out", model, filter="CAST(number AS INTEGER) > 1", rows_per_unit=2)
+    bad, good = ready.prepared()
+    assert "'x'" in str(bad.error)
+    assert (good.error, good.accepted["source_row"].to_pylist()) == (None, [2, 3])
