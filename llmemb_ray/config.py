@@ -8,6 +8,8 @@ no ray, no transformers.
 from __future__ import annotations
 
 import re
+import shlex
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -129,11 +131,22 @@ class EmbedSettings(ModelSettings):
     filter: str | None = setting(None, "SQL condition on the columns; other rows are left out (needs duckdb).", panel="Corpus")
     limit_rows: int | None = setting(None, "Only the first N rows of the corpus.", panel="Corpus", ge=1)
     skip_bad_files: bool = setting(False, "Leave out files that cannot be read, and name them in the receipt.", panel="Corpus")
+    chunk_tokens: int | None = setting(None, "Cut texts into chunks of at most N tokens, at sentence or word borders.", panel="Corpus", ge=1)
+    chunk_overlap: int = setting(0, "Tokens that a chunk repeats from the one before; at most half of chunk_tokens.", panel="Corpus", ge=0)
+    chunk_pool: Literal["none", "mean"] = setting("none", "One vector a chunk (none), or one a document: the mean of its chunks' vectors.", panel="Corpus")
+    dedup: Literal["none", "exact"] = setting("none", "exact: embed identical prompts once and copy the vector.", panel="Corpus")
+    append: bool = setting(False, "Add the files of INPUT that the finished run in OUTPUT does not have yet.", panel="Corpus")
+    reuse: str | None = setting(None, "Earlier run in the same space: copy the vectors of prompts that it has already.", panel="Corpus")
 
-    dtype: Literal["float32", "float16"] = setting("float32", "Precision of the vectors written.", panel="Output")
+    dtype: Literal["float32", "float16", "int8", "ubinary"] = setting("float32", "Precision of the vectors written.", panel="Output")
+    centre: bool = setting(False, "ubinary: take the bits against the mean of a sample, not against zero.", panel="Output")
+    calibration: str | None = setting(
+        None, "int8, centred ubinary: take the ranges of this run, not of a sample of the corpus, so that both runs' codes mean the same.", panel="Output"
+    )
     overwrite: bool = setting(False, "Delete the run that stands in OUTPUT first.", panel="Output")
     max_reject_rate: float = setting(0.01, "Largest share of rejected rows for exit code 0.", panel="Output", ge=0, le=1)
     reject_floor: int = setting(10, "So many rejected rows never fail a run, however small it is.", panel="Output", ge=0)
+    max_nan: int = setting(0, "Largest number of rows whose vector is not finite for exit code 0.", panel="Output", ge=0)
     rows_per_unit: int | None = setting(None, "Rows in a unit; default: about a minute of one actor, at most 128 MB.", panel="Output", ge=1)
 
     actors: str = setting(
@@ -144,6 +157,9 @@ class EmbedSettings(ModelSettings):
     max_attempts: int = setting(3, "Attempts at a unit whose actor dies before it is halved to find the row at fault.", panel="Cluster", ge=1)
     ray_address: str | None = setting(None, "Ray cluster; default: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster")
     window_units: int = setting(4000, "Units in one Ray Data execution; bounds what the driver holds.", panel="Cluster", ge=1)
+    deadline: str | None = setting(None, "Stop cleanly in time for this: 90m, 6h, 2d, or 2026-12-31T06:00 (local time unless it says).", panel="Cluster")
+    max_cost: float | None = setting(None, "Stop cleanly before this command has cost so much; needs a price.", panel="Cluster", gt=0)
+    price: float | None = setting(None, "Price of one GPU for an hour (of one actor, where there are no GPUs), in any currency.", panel="Cluster", gt=0)
 
     @field_validator("actors", mode="before")
     @classmethod
@@ -155,13 +171,29 @@ class EmbedSettings(ModelSettings):
         parse_actors(self.actors)
         if not self.input:
             raise ValueError("input: no file, directory or glob given")
+        if self.chunk_tokens is None and (self.chunk_overlap or self.chunk_pool != "none"):
+            raise ValueError("chunk_overlap and chunk_pool do nothing without chunk_tokens; give it")
+        if self.chunk_tokens is not None and self.chunk_overlap > self.chunk_tokens // 2:
+            raise ValueError(f"chunk_overlap: {self.chunk_overlap} is more than half of chunk_tokens={self.chunk_tokens}")
+        if self.centre and self.dtype != "ubinary":
+            raise ValueError(f"centre: is for dtype ubinary; with {self.dtype} it does nothing")
+        if self.calibration and not (self.dtype == "int8" or self.centre):
+            raise ValueError("calibration: is for dtype int8, or ubinary with centre; else nothing is calibrated")
+        if self.append and self.overwrite:
+            raise ValueError("append and overwrite exclude each other")
+        if self.append and self.limit_rows:
+            raise ValueError("limit_rows: the first rows of a corpus that grows are not one set; leave it out with append")
+        if self.max_cost is not None and self.price is None:
+            raise ValueError("max_cost: needs the price of a GPU hour; give price")
+        if self.deadline is not None:
+            parse_deadline(self.deadline, now=0.0)
         return self
 
     def recorded(self) -> dict[str, Any]:
         """The settings as they may stand in a plan: without storage options, URLs redacted."""
         data = self.model_dump(mode="json", exclude={"storage_options"})
         data["input"] = [redact(url) for url in self.input]
-        for name in ("output", "endpoint_url", "model", "adapter", "ray_address"):
+        for name in ("output", "endpoint_url", "model", "adapter", "ray_address", "reuse", "calibration"):
             if data[name]:
                 data[name] = redact(data[name])
         return data
@@ -199,6 +231,42 @@ def parse_actors(text: str) -> tuple[int, int] | None:
     if least < 0 or most < least or (most > 0 and least == 0):
         raise ValueError(f"actors: {text!r} must be 0, N or MIN:MAX with 1 ≤ MIN ≤ MAX")
     return least, most
+
+
+def command_line(settings: EmbedSettings) -> str:
+    """The command that continues a job with these settings: without overwrite, a deadline that has passed, and storage options."""
+    left_out = {"input", "output", "overwrite", "storage_options"}
+    if settings.deadline and not _DURATION.fullmatch(settings.deadline):
+        left_out.add("deadline")
+    words = ["llmemb", "embed", *settings.input, settings.output]
+    for name, field in EmbedSettings.model_fields.items():
+        value = getattr(settings, name)
+        if name in left_out or name not in settings.model_fields_set or value == field.get_default(call_default_factory=True):
+            continue
+        flag = "--" + name.replace("_", "-")
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list) and not extra.get("commas"):
+            words += [word for item in value for word in (flag, str(item))]
+        else:
+            words += [flag, ",".join(value) if isinstance(value, list) else str(value)]
+    return shlex.join(redact(word) for word in words)
+
+
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+_DURATION_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_deadline(text: str, *, now: float) -> float:
+    """Unix time of a deadline: so long after ``now``, or a date and time. Raises ValueError."""
+    if _DURATION.fullmatch(text.strip()):
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+        return now + sum(float(number) * _DURATION_SECONDS[unit] for number, unit in parts)
+    try:
+        return datetime.fromisoformat(text.strip()).timestamp()
+    except ValueError:
+        raise ValueError(f"deadline: {text!r} is neither a duration such as 90m, 6h or 1d12h nor a time such as 2026-12-31T06:00") from None
 
 
 class _Loader(yaml.SafeLoader):

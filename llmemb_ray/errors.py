@@ -10,7 +10,9 @@
     ├── StorageError       a storage operation that failed for good            exit 1
     │   └── NotFound       … because nothing is there
     ├── RunFailed          a run that ended without all its units              exit 1
+    │   └── RunStopped     … because its deadline or budget was reached
     ├── RejectsExceeded    a finished run with more rejects than allowed       exit 1
+    ├── UnhealthyVectors   more vectors that are not finite than allowed       exit 1
     └── CheckFailed        verify (later: parity) found a discrepancy          exit 3
 
 Each class carries the exit code of the command line in ``exit_code``.
@@ -58,6 +60,14 @@ class NotFound(StorageError):
 
 
 class RunFailed(LlmembError):
+    exit_code = 1
+
+
+class RunStopped(RunFailed):
+    """Stopped on purpose, cleanly: the same command continues."""
+
+
+class UnhealthyVectors(LlmembError):
     exit_code = 1
 
 

@@ -16,7 +16,20 @@ import pyarrow.compute as pc
 from llmemb_ray.corpus.files import BadFile
 from llmemb_ray.errors import ConfigError
 
-RESERVED = ("source_file", "source_row", "embedding", "n_tokens", "truncated", "chunk", "chunk_start", "chunk_end", "reason", "detail", "token_ids")
+RESERVED = (
+    "source_file",
+    "source_row",
+    "embedding",
+    "n_tokens",
+    "truncated",
+    "prompt_hash",
+    "chunk",
+    "chunk_start",
+    "chunk_end",
+    "reason",
+    "detail",
+    "token_ids",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def read_units(file: PlannedFile, piece: Piece, selection: Selection, access: Ac
                         break
                     if unit.name in wanted:
                         check_unchanged(file, access)
-                        yield unit, _with_partitions(pa.concat_tables(held), file)
+                        yield unit, with_partitions(pa.concat_tables(held), file)
                         held = []
                     following = next(units, None)
                     if following is None:
@@ -69,7 +69,8 @@ def read_units(file: PlannedFile, piece: Piece, selection: Selection, access: Ac
     raise InputError(f"{redact(file.url)} ends at row {position}, before the planned unit {unit.name} does")
 
 
-def _with_partitions(table: pa.Table, file: PlannedFile) -> pa.Table:
+def with_partitions(table: pa.Table, file: PlannedFile) -> pa.Table:
+    """The table with the columns that the path of its file gives."""
     for key, value in file.partitions.items():
         if key not in table.column_names:
             type_ = pa.int64() if isinstance(value, int) else pa.string()

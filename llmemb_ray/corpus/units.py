@@ -63,6 +63,8 @@ class PlannedFile:
     rows_per_unit: int = 1
     partitions: dict[str, Any] = field(default_factory=dict)
     """Hive partition columns from the path."""
+    generation: int = 0
+    """Which plan generation brought the file: 0, or how often files had been appended."""
     problem: str | None = None
     """Why the file is left out (``skip_bad_files``); its rows are unknown."""
 

@@ -11,8 +11,6 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,30 +19,15 @@ import pyarrow as pa
 
 from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.embedder import Embedder
-from llmemb_ray.embedders.work import Work
 from llmemb_ray.errors import NotFound
+from llmemb_ray.pipeline.making import Isolation, Making, OnPack, Workshop
 from llmemb_ray.pipeline.prepare import Job, Prepared, reject_table
-from llmemb_ray.representation import TokenRows
 from llmemb_ray.shards import commits, schema
 from llmemb_ray.shards.commits import Commit
+from llmemb_ray.shards.precision import Precision
+from llmemb_ray.shards.receipt import NOT_FINITE
 from llmemb_ray.shards.run import DATA, REJECTS
 from llmemb_ray.storage import RETRIES
-
-OnPack = Callable[[int, int], None]
-"""Called with (rows, tokens) of each pack that is done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Isolation:
-    """How to embed a unit that has killed its engine before, so that the row at fault is found.
-
-    ranges: row ranges to embed one after the other; ``entering(range)`` is called before each and outlives the process
-    poison: rows known to kill the engine
-    """
-
-    ranges: list[tuple[int, int]]
-    poison: frozenset[int] = frozenset()
-    entering: Callable[[tuple[int, int]], None] = field(default=lambda _: None)
 
 
 def existing(job: Job, unit: str) -> Commit | None:
@@ -55,27 +38,33 @@ def existing(job: Job, unit: str) -> Commit | None:
         return None
 
 
-def run(job: Job, prepared: Prepared, embedder: Embedder, *, on_pack: OnPack | None = None, isolation: Isolation | None = None) -> Commit:
+def run(job: Job, prepared: Prepared, embedder: Embedder, workshop: Workshop, *, on_pack: OnPack | None = None, isolation: Isolation | None = None) -> Commit:
     """Makes one attempt and returns the commit: its own, or the one that already stood. Raises StorageError."""
     standing = existing(job, prepared.unit.name)
     if standing is not None:
         return standing
+    precision = workshop.precision
     started = time.perf_counter()
-    vectors, failed, work = _embed(job, prepared, embedder, on_pack, isolation)
+    made = Making(job, prepared, embedder, workshop, on_pack).vectors(isolation)
     seconds_model = time.perf_counter() - started
-    problems = failed | _unusable(vectors, failed, job)
-    rows = prepared.accepted
-    good = np.setdiff1d(np.arange(rows.num_rows), np.fromiter(problems, np.int64, len(problems)))
-    rejected = prepared.rejected
+    problems = made.failed | _unusable(made.vectors, made.failed, precision)
+    rows, vectors, rejected = made.rows, made.vectors, prepared.rejected
+    copied = made.copies
     if problems:
+        problems, bad = _of_texts(rows, problems)
         ids = id_values(rows["id"]) if "id" in rows.column_names else None
         rejected = pa.concat_tables([rejected, reject_table(prepared.unit.file, rows["source_row"].to_pylist(), ids, problems)])
+        good = np.flatnonzero(~bad)
         rows, vectors = rows.take(pa.array(good)), vectors[good]
+        copied = copied.take(good) if copied is not None else None
     started = time.perf_counter()
     attempt = uuid.uuid4().hex[:12]
     unit = prepared.unit
-    metadata = {"run_key": job.run_key, "space": job.space, "unit": unit.name, "attempt": attempt}
-    shard, shard_data = _write_shard(job, unit.name, attempt, rows, vectors, metadata)
+    metadata = {"run_key": job.run_key, "space": job.space, "unit": unit.name, "attempt": attempt} | precision.metadata
+    values, clipped = precision.encode(vectors)
+    if copied is not None and copied.raw is not None:
+        values[copied.found] = copied.raw[copied.found]
+    shard, shard_data = _write_shard(job, precision, unit.name, attempt, rows, values, metadata)
     rejects, rejects_data = None, b""
     if rejected.num_rows:
         rejects = f"{REJECTS}/{unit.name}-{attempt}.parquet"
@@ -87,10 +76,15 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, *, on_pack: OnPack | N
         file=unit.file,
         start=unit.start,
         rows=unit.rows,
-        embedded=rows.num_rows,
+        embedded=len(np.unique(rows["source_row"].to_numpy())),
         rejected=rejected.num_rows,
         filtered=prepared.filtered,
         null_ids=rows["id"].null_count if "id" in rows.column_names else 0,
+        vectors=rows.num_rows,
+        copied=made.copied,
+        reused=made.reused,
+        clipped=clipped,
+        mean_cosine=round(mean_cosine(vectors), 6),
         shard=shard,
         shard_bytes=len(shard_data),
         shard_sha256=hashlib.sha256(shard_data).hexdigest() if shard else "",
@@ -98,13 +92,14 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, *, on_pack: OnPack | N
         rejects_bytes=len(rejects_data),
         rejects_sha256=hashlib.sha256(rejects_data).hexdigest() if rejects else "",
         reasons=dict(Counter(rejected["reason"].to_pylist())),
-        tokens=work.tokens,
-        tokens_computed=work.computed,
-        tokens_padding=work.padding,
-        tokens_shared=work.shared,
+        tokens=made.tokens,
+        tokens_computed=made.work.computed,
+        tokens_padding=made.work.padding,
+        tokens_shared=made.work.shared,
+        tokens_copied=made.tokens - made.work.tokens,
         truncated=int(np.count_nonzero(rows["truncated"].to_numpy())) if rows.num_rows else 0,
         token_budget=embedder.backend.budget.value,
-        out_of_memory=work.out_of_memory,
+        out_of_memory=made.work.out_of_memory,
         storage_retries=prepared.storage_retries + RETRIES.take(),
         seconds_model=round(seconds_model, 4),
         seconds_write=round(time.perf_counter() - started, 4),
@@ -115,45 +110,52 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, *, on_pack: OnPack | N
     return commit
 
 
-def _write_shard(job: Job, unit: str, attempt: str, rows: pa.Table, vectors: npt.NDArray[np.float32], metadata: dict[str, Any]) -> tuple[str | None, bytes]:
+def _write_shard(
+    job: Job, precision: Precision, unit: str, attempt: str, rows: pa.Table, values: npt.NDArray[Any], metadata: dict[str, Any]
+) -> tuple[str | None, bytes]:
     if not rows.num_rows:
         return None, b""
     columns = {name: rows[name] for name in rows.column_names if name != "token_ids"}
     place = list(columns).index("source_row") + 1
-    embedding = {"embedding": schema.embedding_column(vectors, job.dtype)}
+    embedding = {"embedding": schema.embedding_column(values, precision.dtype)}
     ordered = dict(list(columns.items())[:place]) | embedding | {n: columns[n] for n in ("n_tokens", "truncated")} | columns
-    data = schema.encode_shard(pa.table(ordered), metadata, vector_bytes=vectors.shape[1] * np.dtype(job.dtype).itemsize)
+    data = schema.encode_shard(pa.table(ordered), metadata, vector_bytes=schema.vector_bytes(precision.dimension, precision.dtype))
     path = f"{DATA}/{unit}-{attempt}.parquet"
     job.output.put(path, data)
     return path, data
 
 
-def _embed(
-    job: Job, prepared: Prepared, embedder: Embedder, on_pack: OnPack | None, isolation: Isolation | None
-) -> tuple[npt.NDArray[np.float32], dict[int, tuple[str, str]], Work]:
-    """(vectors [N, D], row -> (reason, detail) of failed rows, work done)."""
-    rows = prepared.tokens
-    if isolation is None:
-        result = embedder.embed_tokens(rows, job.role, on_pack=on_pack)
-        return result.vectors, {row: ("engine", detail) for row, detail in result.failed.items()}, result.work
-    vectors = np.zeros((len(rows), embedder.dimension), np.float32)
-    problems = dict.fromkeys(isolation.poison, ("kills_engine", "the process that held the model died on this row, again and again"))
-    work = Work()
-    for first, last in isolation.ranges:
-        todo = [row for row in range(first, min(last, len(rows))) if row not in isolation.poison]
-        isolation.entering((first, last))
-        result = embedder.embed_tokens(TokenRows.from_lists([rows[row] for row in todo]), job.role, on_pack=on_pack)
-        vectors[todo] = result.vectors
-        problems |= {todo[row]: ("engine", detail) for row, detail in result.failed.items()}
-        work.add(result.work)
-    return vectors, problems, work
-
-
-def _unusable(vectors: npt.NDArray[np.float32], failed: dict[int, Any], job: Job) -> dict[int, tuple[str, str]]:
+def _unusable(vectors: npt.NDArray[np.float32], failed: dict[int, Any], precision: Precision) -> dict[int, tuple[str, str]]:
     """Rows whose vector holds NaN or infinity (as written, so after a cast to float16) or is zero."""
+    written = "float16" if precision.dtype == "float16" else "float32"
     with np.errstate(over="ignore"):
-        finite = np.isfinite(vectors.astype(job.dtype)).all(axis=1)
+        finite = np.isfinite(vectors.astype(written)).all(axis=1)
     zero = ~vectors.any(axis=1)
-    problems = {int(row): ("not_finite", f"its vector is not finite in {job.dtype}") for row in np.flatnonzero(~finite)}
+    problems = {int(row): (NOT_FINITE, f"its vector is not finite in {written}") for row in np.flatnonzero(~finite)}
     problems |= {int(row): ("zero_vector", "its vector is zero") for row in np.flatnonzero(zero & finite)}
     return {row: problem for row, problem in problems.items() if row not in failed}
+
+
+def _of_texts(rows: pa.Table, problems: dict[int, tuple[str, str]]) -> tuple[dict[int, tuple[str, str]], npt.NDArray[np.bool_]]:
+    """The problems by the first row of each text they concern, and all rows of these texts: a text is embedded whole or not at all."""
+    source = rows["source_row"].to_numpy()
+    bad = np.zeros(len(source), np.bool_)
+    bad[list(problems)] = True
+    if "chunk" not in rows.column_names:
+        return problems, bad
+    numbers = rows["chunk"].to_numpy()
+    of_texts: dict[int, tuple[str, str]] = {}
+    for row in sorted(problems):
+        reason, detail = problems[row]
+        of_texts.setdefault(row - int(numbers[row]), (reason, f"chunk {numbers[row]}: {detail}"))
+    return of_texts, np.isin(source, source[bad])
+
+
+def mean_cosine(vectors_ND: npt.NDArray[np.float32]) -> float:
+    """Mean cosine over all pairs of vectors, from their sum; 0 for fewer than two."""
+    count = len(vectors_ND)
+    if count < 2:
+        return 0.0
+    norms = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    total = (vectors_ND / np.maximum(norms, 1e-12)).sum(axis=0, dtype=np.float64)
+    return float((total @ total - count) / (count * (count - 1)))

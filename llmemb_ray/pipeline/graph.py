@@ -26,8 +26,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from llmemb_ray import errors
 from llmemb_ray.config import EmbedSettings, parse_actors
 from llmemb_ray.errors import ConfigError, LlmembError, RunFailed
-from llmemb_ray.pipeline import attempt
+from llmemb_ray.pipeline import attempt, calibrate
 from llmemb_ray.pipeline.ledger import Ledger
+from llmemb_ray.pipeline.making import Isolation, Workshop
 from llmemb_ray.pipeline.prepare import Job, Prepared, ReadTask, prepare
 from llmemb_ray.shards.commits import Commit
 
@@ -146,15 +147,20 @@ class EmbedUnits:
             import torch
 
             torch.set_num_threads(threads)
-        self._failure: LlmembError | None = None
-        try:
-            self._embedder = Embedder(self._job.spec)
-        except LlmembError as error:
-            # Told by the first call: Ray would take an error here for a lost actor, and try again for long.
-            self._failure = error
         self._pending = (0, 0)
         self._reported = time.monotonic()
         self._name = ray.get_runtime_context().get_actor_id()
+        ledger.hello.remote(self._name)
+        self._failure: LlmembError | None = None
+        try:
+            self._embedder = Embedder(self._job.spec)
+            precision = calibrate.settled(
+                self._job, self._embedder, my_turn=lambda: ray.get(ledger.calibrates.remote(self._name)), on_pack=lambda *_: self._on_pack(0, 0)
+            )
+            self._workshop = Workshop(precision=precision)
+        except LlmembError as error:
+            # Told by the first call: Ray would take an error here for a lost actor, and try again for long.
+            self._failure = error
         ledger.hello.remote(self._name)
 
     def __call__(self, envelope: pa.Table) -> pa.Table:
@@ -165,14 +171,17 @@ class EmbedUnits:
         if prepared.error is not None:
             return _record(unit.name, None, prepared.error)
         self._ledger.hello.remote(self._name)
+        if not ray.get(self._ledger.may_begin.remote(unit.name)):
+            return _record(unit.name, None, None)
         directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows))
         isolation = None
         if directions is not None:
             ranges, poison = directions
-            isolation = attempt.Isolation(ranges=ranges, poison=frozenset(poison), entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows)))
+            isolation = Isolation(ranges=ranges, poison=frozenset(poison), entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows)))
         try:
-            commit = attempt.run(self._job, prepared, self._embedder, on_pack=self._on_pack, isolation=isolation)
+            commit = attempt.run(self._job, prepared, self._embedder, self._workshop, on_pack=self._on_pack, isolation=isolation)
         except LlmembError as error:
+            self._ledger.failed.remote(unit.name)
             return _record(unit.name, None, str(error))
         self._ledger.done.remote(unit.name)
         return _record(unit.name, commit, None)
@@ -187,7 +196,10 @@ class EmbedUnits:
 
 
 def _record(unit: str, commit: Commit | None, error: str | None, *, fatal: str | None = None) -> pa.Table:
-    """fatal: class of an error that no other unit would be spared, by its name in ``errors``."""
+    """Neither commit nor error: the unit was not begun, because the job stops.
+
+    fatal: class of an error that no other unit would be spared, by its name in ``errors``.
+    """
     record = json.dumps(asdict(commit)) if commit else None
     return pa.table({"unit": [unit], **{name: pa.array([value], pa.string()) for name, value in (("commit", record), ("error", error), ("fatal", fatal))}})
 
@@ -224,6 +236,7 @@ class Execution:
     def __init__(self, job: Job, settings: EmbedSettings, shape: Shape) -> None:
         self._job = ray.put(job)
         self._shape = shape
+        self._stopping = False
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(settings.max_attempts)
 
@@ -236,9 +249,17 @@ class Execution:
                     if row["fatal"]:
                         raise getattr(errors, row["fatal"])(row["error"])
                     commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
-                    yield row["unit"], commit, row["error"]
+                    if commit is not None or row["error"] is not None:
+                        yield row["unit"], commit, row["error"]
+                    if self._stopping and not ray.get(self.ledger.at_work.remote()):
+                        return
         except (ray.exceptions.RayError, RuntimeError) as error:
             raise RunFailed(f"the job stopped: {_cause(error)}; what was committed stands, the same command continues") from error
+
+    def stop(self) -> None:
+        """Begins no more units; those begun are still finished."""
+        ray.get(self.ledger.stop.remote())
+        self._stopping = True
 
     def live(self) -> tuple[int, int, int]:
         """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.errors import LlmembError
-from llmemb_ray.pipeline import attempt
+from llmemb_ray.pipeline import attempt, calibrate
+from llmemb_ray.pipeline.making import Workshop
 from llmemb_ray.pipeline.prepare import Job, ReadTask, prepare
 from llmemb_ray.shards.commits import Commit
 
@@ -16,16 +17,20 @@ class Execution:
         self._job = job
         self._embedder = Embedder(job.spec)
         self._counts = [0, 0]
+        self._stopping = False
+        self._workshop = Workshop(precision=calibrate.settled(job, self._embedder, my_turn=lambda: True))
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
-        """(unit, commit or None, error or None) of each unit, as it is done."""
+        """(unit, commit or None, error or None) of each unit, as it is done; those left when it is told to stop are not begun."""
         for task in tasks:
             for prepared in prepare(self._job, task):
+                if self._stopping:
+                    return
                 if prepared.error is not None:
                     yield prepared.unit.name, None, prepared.error
                     continue
                 try:
-                    commit = attempt.run(self._job, prepared, self._embedder, on_pack=self._on_pack)
+                    commit = attempt.run(self._job, prepared, self._embedder, self._workshop, on_pack=self._on_pack)
                 except LlmembError as error:
                     yield prepared.unit.name, None, str(error)
                     continue
@@ -34,6 +39,10 @@ class Execution:
     def _on_pack(self, rows: int, tokens: int) -> None:
         self._counts[0] += rows
         self._counts[1] += tokens
+
+    def stop(self) -> None:
+        """Begins no more units."""
+        self._stopping = True
 
     def live(self) -> tuple[int, int, int]:
         return self._counts[0], self._counts[1], 1

@@ -11,23 +11,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmemb_ray.config import EmbedSettings, parse_actors
+from llmemb_ray.config import EmbedSettings, command_line, parse_actors
 from llmemb_ray.corpus.columns import Selection
 from llmemb_ray.corpus.files import Found
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import OutputError, RunFailed
+from llmemb_ray.errors import OutputError, RunFailed, RunMismatch, RunStopped, UnhealthyVectors
 from llmemb_ray.pipeline import planning
+from llmemb_ray.pipeline.limits import Limits
 from llmemb_ray.pipeline.prepare import Job, ReadTask
 from llmemb_ray.pipeline.progress import Counts, Reporter
+from llmemb_ray.representation.space import differences
 from llmemb_ray.shards import commits as commit_records
-from llmemb_ray.shards import lease
+from llmemb_ray.shards import lease, reuse
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.plan import RECORD as PLAN_RECORD
 from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.precision import PATH as CALIBRATION
+from llmemb_ray.shards.precision import Calibration
+from llmemb_ray.shards.receipt import COLLAPSED, NOT_FINITE, Receipt, make_receipt
 from llmemb_ray.shards.receipt import PATH as RECEIPT
-from llmemb_ray.shards.receipt import Receipt, make_receipt
-from llmemb_ray.shards.run import DATA, OWN, REJECTS
+from llmemb_ray.shards.reuse import Reuse
+from llmemb_ray.shards.run import DATA, OWN, REJECTS, Run
 from llmemb_ray.storage import Storage, absolute, is_temporary
 
 if TYPE_CHECKING:
@@ -35,11 +40,16 @@ if TYPE_CHECKING:
 
 FAILURES_SHOWN = 5
 
+BROKEN_SHARE, BROKEN_LEAST = 0.1, 100
+"""A job stops at once when this share of its rows, and so many, have vectors that are not finite."""
+
 
 class Execution(Protocol):
     """Something that runs reading tasks: Ray (``graph``) or this process (``inprocess``)."""
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]: ...
+
+    def stop(self) -> None: ...
 
     def live(self) -> tuple[int, int, int]: ...
 
@@ -77,6 +87,10 @@ class Prospect:
     spec: EmbedderSpec
     found: list[Found]
     selection: Selection
+    calibration: Calibration | None
+    """Of another run, whose codes this one's are to mean the same as."""
+    earlier: Run | None
+    """The run that vectors are copied from."""
 
 
 def look(settings: EmbedSettings) -> Prospect:
@@ -86,7 +100,32 @@ def look(settings: EmbedSettings) -> Prospect:
     found, selection = planning.find(settings)
     if not settings.overwrite and not output.exists(PLAN_RECORD):
         _refuse_foreign(output)
-    return Prospect(output, spec, found, selection)
+    earlier = _other_run(settings.reuse, "reuse", settings) if settings.reuse else None
+    return Prospect(output, spec, found, selection, _calibration(settings, spec, earlier), earlier)
+
+
+def _other_run(url: str, setting: str, settings: EmbedSettings) -> Run:
+    try:
+        return Run(Storage(absolute(url), settings.access))
+    except OutputError as error:
+        raise OutputError(f"{setting}: {error}") from error
+
+
+def _calibration(settings: EmbedSettings, spec: EmbedderSpec, earlier: Run | None) -> Calibration | None:
+    """The calibration of the run that the settings name, or of the one whose codes are copied. Raises OutputError or RunMismatch."""
+    if settings.calibration:
+        other = _other_run(settings.calibration, "calibration", settings)
+    elif earlier is not None and earlier.plan.calibrates and (earlier.plan.dtype, earlier.plan.engine["centre"]) == (settings.dtype, settings.centre):
+        other = earlier
+    else:
+        return None
+    calibration = other.precision.calibration if other.plan.calibrates else None
+    if calibration is None:
+        raise OutputError(f"calibration: the run in {other.url} has none (its dtype is {other.plan.dtype}); name a run of int8 or centred ubinary")
+    changed = [f"  {name}: that run has {there!r}, this one {here!r}" for name, here, there in differences(spec.space.to_dict(), other.plan.space)]
+    if changed:
+        raise RunMismatch(f"calibration: the run in {other.url} is in another vector space:\n" + "\n".join(changed))
+    return calibration
 
 
 def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, reporter: Reporter) -> Receipt:
@@ -98,25 +137,61 @@ def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, repor
         if settings.overwrite:
             clear(output)
         plan = Plan.load(output)
+        sizing: dict[str, Any] = {"actors": shape.most if shape else 1, "gpu": gpu, "calibration": prospect.calibration}
         if plan is None:
-            plan = planning.make_plan(settings, spec, found, prospect.selection, actors=shape.most if shape else 1, gpu=gpu)
+            plan = planning.make_plan(settings, spec, found, prospect.selection, **sizing)
             plan.save(output)
+        elif settings.append:
+            plan = _append(plan, settings, spec, prospect, sizing, reporter)
         else:
-            _require_same(plan, settings, spec, found, output)
-        receipt = Receipt.load(output)
+            _require_same(plan, settings, spec, prospect)
+        receipt = Run(output).receipt
         if receipt is None:
             _warn_versions(plan, reporter)
-            _embed_units(settings, plan, spec, shape, output, reporter, held)
-            receipt = finish(plan, output, started)
+            _embed_units(settings, plan, spec, shape, prospect, reporter, held)
+            receipt = finish(plan, output, started, earlier=prospect.earlier)
+    if receipt.mean_cosine > COLLAPSED and receipt.vectors > 1:
+        reporter.say(
+            f"warning: the vectors are nearly all alike (mean cosine of pairs {receipt.mean_cosine:.3f}): they tell texts apart badly; "
+            "look at the prompt, the pooling and the layer (llmemb report shows the vectors)"
+        )
+    receipt.check_health(settings.max_nan, output.url)
     receipt.check_rejects(settings.max_reject_rate, settings.reject_floor, output.url)
     return receipt
 
 
+def _append(plan: Plan, settings: EmbedSettings, spec: EmbedderSpec, prospect: Prospect, sizing: dict[str, Any], reporter: Reporter) -> Plan:
+    """The next generation of a finished run's plan, saved; the plan itself where there is nothing new."""
+    output, found = prospect.output, prospect.found
+    parts = planning.identity(settings, spec, plan.files, plan.selection, prospect.calibration)
+    plan.require_same(replace(plan, space=parts["space"], engine=parts["engine"], corpus=parts["corpus"]), output.url)
+    changed = [change for change in planning.file_changes(plan, found) if change.endswith(" changed")]
+    if changed:
+        shown = "\n".join(f"  {change}" for change in changed[:20])
+        raise OutputError(
+            f"append: files that the run in {output.url} has embedded are others now:\n{shown}\n"
+            "Bring the old files back, or embed the corpus into another output with --reuse, which copies what has not changed."
+        )
+    known = {file.url for file in plan.files}
+    new = [file for file in found if file.url not in known]
+    if not new:
+        reporter.say("append: the run has all files of the input already")
+        return plan
+    done = commit_records.committed_units(output)
+    missing = sum(unit.name not in done for unit in plan.units())
+    if missing:
+        raise OutputError(f"append: {missing} units of the run in {output.url} are not done; finish it first, with the command that began it")
+    extended = planning.make_plan(settings, spec, new, plan.selection, appended_to=plan, **sizing)
+    extended.save(output)
+    reporter.say(f"append: {len(new):,} new files with {extended.rows - plan.rows:,} rows")
+    return extended
+
+
 def _embed_units(
-    settings: EmbedSettings, plan: Plan, spec: EmbedderSpec, shape: Shape | None, output: Storage, reporter: Reporter, held: lease.LeaseHolder
+    settings: EmbedSettings, plan: Plan, spec: EmbedderSpec, shape: Shape | None, prospect: Prospect, reporter: Reporter, held: lease.LeaseHolder
 ) -> None:
-    """Runs every unit without a commit. Raises RunFailed if some could not be done."""
-    counts = reporter.counts
+    """Runs every unit without a commit. Raises RunFailed if some could not be done, RunStopped at a deadline or budget."""
+    counts, output = reporter.counts, prospect.output
     done = commit_records.committed_units(output)
     committed_rows = sum(unit.rows for unit in plan.units() if unit.name in done)
     counts.units, counts.rows, counts.rows_total = len(done), committed_rows, plan.rows
@@ -125,7 +200,10 @@ def _embed_units(
         reporter.say(f"continuing: {counts.units:,} of {counts.units_total:,} units are already committed")
     if counts.units == counts.units_total:
         return
-    job = Job.of(plan, spec, output, settings.access)
+    if prospect.calibration is not None and Calibration.load(output) is None:
+        prospect.calibration.save(output)
+    job = Job.of(plan, spec, output, settings.access, dedup=settings.dedup == "exact", reuse=_reuse(plan, prospect, reporter))
+    limits = Limits.of(settings, gpus=shape.gpus if shape else 0)
     execution: Execution
     if shape is None:
         from llmemb_ray.pipeline import inprocess
@@ -142,7 +220,7 @@ def _embed_units(
         return rows + committed_rows, tokens, actors
 
     failures: dict[str, str] = {}
-    with reporter.watching(live):
+    with reporter.watching(live), limits.watching(lambda: execution.live()[2], execution.stop):
         for tasks in windows(plan, done, settings.window_units):
             for unit, commit, error in execution.run(tasks):
                 if commit is not None:
@@ -151,17 +229,36 @@ def _embed_units(
                     counts.tokens += commit.tokens
                     counts.rejects += commit.rejected
                     counts.storage_retries += commit.storage_retries
+                    counts.not_finite += commit.reasons.get(NOT_FINITE, 0)
+                    limits.took(commit.seconds_model + commit.seconds_write)
                 else:
                     failures[unit] = str(error)
                     counts.failed_units = len(failures)
                 if held.lost:
                     raise OutputError(f"{held.lost}; this driver stops, what it committed stands")
+                _stop_if_broken(counts.not_finite, counts.rows - committed_rows, settings.max_nan)
+            if limits.reason:
+                break
+    if limits.reason and counts.units < counts.units_total and not failures:
+        raise RunStopped(
+            f"stopped because {limits.reason}: {counts.units:,} of {counts.units_total:,} units are committed, nothing is lost. To continue:\n"
+            f"  {command_line(settings)}"
+        )
     if failures:
         shown = "\n".join(f"  unit {unit}: {error}" for unit, error in list(failures.items())[:FAILURES_SHOWN])
         more = f"\n  … and {len(failures) - FAILURES_SHOWN} more" if len(failures) > FAILURES_SHOWN else ""
         raise RunFailed(
             f"{len(failures)} of {counts.units_total} units failed, the others are committed:\n{shown}{more}\n"
             "When the cause is mended, run the same command again: it does only what is missing."
+        )
+
+
+def _stop_if_broken(not_finite: int, rows: int, max_nan: int) -> None:
+    """Raises UnhealthyVectors if so many vectors are not finite that going on would only cost."""
+    if not_finite > max(max_nan, BROKEN_LEAST, BROKEN_SHARE * rows):
+        raise UnhealthyVectors(
+            f"{not_finite} of {rows} rows have a vector that is not finite: the model does not work as it is loaded. "
+            "Try another compute_dtype (bfloat16 or float32, not float16); what is committed stands, begin anew with overwrite"
         )
 
 
@@ -182,10 +279,29 @@ def windows(plan: Plan, done: set[str], size: int) -> Iterator[list[ReadTask]]:
         yield tasks
 
 
-def finish(plan: Plan, output: Storage, started: float) -> Receipt:
-    """Checks the accounts, removes what no commit names, compacts the commits, writes the receipt. Can be repeated."""
+def _reuse(plan: Plan, prospect: Prospect, reporter: Reporter) -> Reuse | None:
+    """What workers need to copy vectors of the earlier run, its index made."""
+    earlier = prospect.earlier
+    if earlier is None:
+        return None
+    reuse.check(earlier, plan)
+    assert earlier.receipt is not None
+    reporter.say(f"reuse: looking for prompts among the {earlier.receipt.vectors:,} vectors of {earlier.url}")
+    reuse.build_index(earlier, prospect.output)
+    return Reuse(earlier.storage, earlier.precision, prospect.output, raw=earlier.plan.dtype == plan.dtype)
+
+
+def finish(plan: Plan, output: Storage, started: float, *, earlier: Run | None = None) -> Receipt:
+    """Checks the accounts, removes what no commit names, compacts the commits, writes the receipt. Can be repeated.
+
+    earlier: the run that vectors were copied from; its rows that this one lacks are listed.
+    """
     commits = commit_records.read_all(output)
-    receipt = make_receipt(plan, commits, seconds_wall=time.monotonic() - started, versions=planning.versions(), finished=time.time())
+    reused: dict[str, Any] = {}
+    if earlier is not None:
+        deleted = reuse.write_deletions(earlier, Run(output))
+        reused = {"run": earlier.url, "deleted": deleted, "list": reuse.DELETED if deleted else None}
+    receipt = make_receipt(plan, commits, seconds_wall=time.monotonic() - started, versions=planning.versions(), finished=time.time(), reuse=reused)
     named = {path for commit in commits for path in (commit.shard, commit.rejects) if path}
     present = {entry.path for directory in (DATA, REJECTS) for entry in output.list(directory)}
     missing = sorted(named - present)
@@ -194,6 +310,7 @@ def finish(plan: Plan, output: Storage, started: float) -> Receipt:
     output.delete(sorted(present - named))
     output.delete([entry.path for entry in output.list(OWN) if is_temporary(entry.path)])
     commit_records.compact(output, commits)
+    output.delete_tree(reuse.DIRECTORY)
     receipt.save(output)
     return receipt
 
@@ -203,8 +320,8 @@ def clear(output: Storage) -> None:
 
     Receipt and commits go first and the plan last: stopped in between, what is left is a run that has nothing done yet.
     """
-    output.delete([RECEIPT, commit_records.COMPACTED])
-    for directory in (commit_records.DIRECTORY, DATA, REJECTS):
+    output.delete([RECEIPT, commit_records.COMPACTED, CALIBRATION, reuse.DELETED])
+    for directory in (commit_records.DIRECTORY, DATA, REJECTS, reuse.DIRECTORY):
         output.delete_tree(directory)
     output.delete_tree(f"{OWN}/plan")
 
@@ -216,16 +333,17 @@ def _refuse_foreign(output: Storage) -> None:
         raise OutputError(f"{output.url} is not empty ({foreign[0]} …) and holds no run of llmemb_ray; choose another output")
 
 
-def _require_same(plan: Plan, settings: EmbedSettings, spec: EmbedderSpec, found: list[Any], output: Storage) -> None:
+def _require_same(plan: Plan, settings: EmbedSettings, spec: EmbedderSpec, prospect: Prospect) -> None:
     """Raises RunMismatch if the settings and the corpus of now do not make the stored run's key."""
-    parts = planning.identity(settings, spec, found, plan.selection)
+    output, found = prospect.output, planning.in_order_of(plan, prospect.found)
+    parts = planning.identity(settings, spec, found, plan.selection, prospect.calibration)
     asked = replace(plan, space=parts["space"], engine=parts["engine"], corpus=parts["corpus"])
     changes = planning.file_changes(plan, found)
     if changes and asked.run_key != plan.run_key:
         shown = "\n".join(f"  {change}" for change in changes[:20])
         raise OutputError(
             f"the corpus is not the one that the run in {output.url} was planned for:\n{shown}\n"
-            "Bring the old files back, or embed the new corpus into another output."
+            "Bring the old files back, add new ones with --append, or embed the corpus into another output (--reuse copies what has not changed)."
         )
     plan.require_same(asked, output.url)
 

@@ -33,10 +33,37 @@ class Ledger:
         self._rows = 0
         self._tokens = 0
         self._seen: dict[str, float] = {}
+        self._calibrator: str | None = None
+        self._active: set[str] = set()
+        self._stopping = False
 
     def hello(self, actor: str) -> None:
         """An actor is at work now."""
         self._seen[actor] = time.monotonic()
+
+    def calibrates(self, actor: str) -> bool:
+        """Whether it is this actor's turn to make the calibration: the first that asks, or the next when that one has died."""
+        holder = self._calibrator
+        if holder is None or time.monotonic() - self._seen.get(holder, 0.0) > ALIVE_SECONDS:
+            self._calibrator = actor
+        self.hello(actor)
+        return self._calibrator == actor
+
+    def stop(self) -> None:
+        """No unit is begun from now on."""
+        self._stopping = True
+
+    def may_begin(self, unit: str) -> bool:
+        """Whether a unit may still be begun; one that may counts as being worked on until ``done`` or ``failed``."""
+        if self._stopping:
+            self._active.discard(unit)  # One whose actor died comes again.
+            return False
+        self._active.add(unit)
+        return True
+
+    def at_work(self) -> bool:
+        """Whether units that were begun are not done yet."""
+        return bool(self._active)
 
     def begin(self, unit: str, rows: int) -> tuple[list[Range], list[int]] | None:
         """Counts an attempt. None: embed the unit as a whole. Else the row ranges to embed one by one, and the
@@ -69,6 +96,11 @@ class Ledger:
     def done(self, unit: str) -> None:
         """Forgets a unit that is committed, so that this never grows with the corpus."""
         self._units.pop(unit, None)
+        self._active.discard(unit)
+
+    def failed(self, unit: str) -> None:
+        """A unit that ended without a commit, for a reason other than its engine's death."""
+        self._active.discard(unit)
 
     def add(self, rows: int, tokens: int) -> None:
         """Rows and tokens computed since the last call; retried work counts again, so these are for display alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from llmemb_ray.embedders.embedder import EmbedderSpec
 from llmemb_ray.errors import InputError
 from llmemb_ray.representation.space import digest
 from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.precision import Calibration, Precision
+from llmemb_ray.shards.schema import vector_bytes
 from llmemb_ray.storage import redact
 
 BYTES_PER_TOKEN = 4.0
@@ -51,11 +54,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def identity(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], selection: Selection) -> dict[str, Any]:
-    """What the run key is made of, known from a listing alone."""
+def identity(
+    settings: EmbedSettings, spec: EmbedderSpec, found: Sequence[Found | PlannedFile], selection: Selection, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What the run key is made of, known from a listing alone. calibration: that of another run, where its codes are to mean the same."""
+    engine = {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization}
+    calibrates = Precision.calibrates(settings.dtype, settings.centre)
+    own = "own" if calibrates else None
     return {
         "space": spec.space.to_dict(),
-        "engine": {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization, "dtype": settings.dtype},
+        "engine": engine | {"dtype": settings.dtype, "centre": settings.centre, "calibration": calibration.digest if calibration else own},
         "corpus": {
             "files": digest([[file.url, file.size, file.version] for file in found]),
             "text_column": selection.text,
@@ -65,6 +73,9 @@ def identity(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], se
             "limit_rows": settings.limit_rows,
             "rows_per_unit": settings.rows_per_unit,
             "role": settings.role,
+            "chunk_tokens": settings.chunk_tokens,
+            "chunk_overlap": settings.chunk_overlap,
+            "chunk_pool": settings.chunk_pool,
         },
     }
 
@@ -85,10 +96,27 @@ def file_changes(stored: Plan, found: list[Found]) -> list[str]:
     return changes
 
 
-def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], selection: Selection, *, actors: int, gpu: bool) -> Plan:
+def in_order_of(stored: Plan, found: list[Found]) -> list[Found]:
+    """The files as listed now, in the order of a plan to which files were appended, if it has just these."""
+    order = {file.url: file.index for file in stored.files}
+    return sorted(found, key=lambda file: order[file.url]) if order.keys() == {file.url for file in found} else found
+
+
+def make_plan(
+    settings: EmbedSettings,
+    spec: EmbedderSpec,
+    found: list[Found],
+    selection: Selection,
+    *,
+    actors: int,
+    gpu: bool,
+    calibration: Calibration | None = None,
+    appended_to: Plan | None = None,
+) -> Plan:
     """Reads every footer and settles the units.
 
-    actors, gpu: what will do the work, to size the units. Raises InputError naming every bad file.
+    actors, gpu: what will do the work, to size the units. appended_to: a finished run's plan, whose files stay as they
+    are; ``found`` then holds only new ones. Raises InputError naming every bad file.
     """
     footers = corpus_files.footers(found, settings.access)
     partitions = corpus_files.partition_values(found)
@@ -97,17 +125,18 @@ def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], s
         selection = selection.with_default_id(first.schema)
     problems: dict[int, str] = {}
     types: dict[str, pa.DataType] | None = None
+    of_run = appended_to.column_types if appended_to else None
     for index, footer in enumerate(footers):
         try:
             if isinstance(footer, str):
                 raise BadFile(footer)
             here = selection.check(footer.schema, partitions[index])
+            if of_run is not None and (named := {name: str(type_) for name, type_ in here.items()}) != of_run:
+                raise BadFile(f"has another schema than the run: {_differing(named, of_run, 'in the run')}")
             if types is None:
                 types = here
             elif here != types:
-                differing = [name for name in types if here.get(name) != types[name]]
-                shown = ", ".join(f"{name} is {here.get(name)} here and {types[name]} in the first file" for name in differing)
-                raise BadFile(f"has another schema: {shown}")
+                raise BadFile(f"has another schema: {_differing(here, types, 'in the first file')}")
         except BadFile as error:
             problems[index] = str(error)
     if problems and not settings.skip_bad_files:
@@ -116,8 +145,9 @@ def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], s
         raise InputError("no file of the corpus can be read: " + _describe(found, problems))
     if selection.filter and first is not None:
         _check_filter(selection, first, partitions[0])
+    before = appended_to.files if appended_to else []
     planned = [
-        _planned(index, file, footer, partitions[index], problems.get(index), settings, spec, selection, gpu)
+        _planned(len(before) + index, file, footer, partitions[index], problems.get(index), settings, spec, selection, gpu)
         for index, (file, footer) in enumerate(zip(found, footers, strict=True))
     ]
     planned = _limited(planned, settings.limit_rows)
@@ -127,9 +157,12 @@ def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], s
     if settings.rows_per_unit is None:
         share = max(LEAST_ROWS, -(-rows // (UNITS_PER_ACTOR * max(1, actors))))
         planned = [replace(file, rows_per_unit=min(file.rows_per_unit, share)) for file in planned]
-    parts = identity(settings, spec, found, selection)
+    if appended_to is not None:
+        planned = [*before, *(replace(file, generation=appended_to.generation + 1) for file in planned)]
+    parts = identity(settings, spec, planned, selection, calibration)
     return Plan(
         files=planned,
+        earlier_run_keys=[*appended_to.earlier_run_keys, appended_to.run_key] if appended_to else [],
         selection=selection,
         space=parts["space"],
         engine=parts["engine"],
@@ -145,6 +178,10 @@ def make_plan(settings: EmbedSettings, spec: EmbedderSpec, found: list[Found], s
         versions=versions(),
         created=time.time(),
     )
+
+
+def _differing(here: dict[str, Any], there: dict[str, Any], where: str) -> str:
+    return ", ".join(f"{name} is {here.get(name)} here and {there.get(name)} {where}" for name in {**here, **there} if here.get(name) != there.get(name))
 
 
 def _planned(
@@ -167,7 +204,7 @@ def _planned(
     tokens = min(spec.representation.max_tokens, (text_bytes + template) / BYTES_PER_TOKEN)
     size = settings.rows_per_unit or rows_per_unit(
         text_bytes=text_bytes,
-        vector_bytes=spec.dimension * (2 if settings.dtype == "float16" else 4) + 64,
+        vector_bytes=vector_bytes(spec.dimension, settings.dtype) + 64,
         flops_per_row=tokens * spec.model_flops,
         flops_per_second=GPU_FLOPS if gpu else CPU_FLOPS,
     )

@@ -6,23 +6,33 @@ on CPU workers while the model runs elsewhere; it needs neither torch nor the mo
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from llmemb_ray.corpus.chunking import Chunking, chunks
 from llmemb_ray.corpus.columns import Selection, column, filtered, id_values
 from llmemb_ray.corpus.reading import read_units
+from llmemb_ray.corpus.sample import Place, places
 from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
 from llmemb_ray.embedders.embedder import EmbedderSpec
 from llmemb_ray.errors import LlmembError
 from llmemb_ray.representation import Prompter, Role, TokenRows
 from llmemb_ray.shards.plan import Plan
-from llmemb_ray.shards.schema import REJECTS
+from llmemb_ray.shards.precision import Precision
+from llmemb_ray.shards.reuse import Reuse
+from llmemb_ray.shards.schema import CHUNK_COLUMNS, REJECTS
 from llmemb_ray.storage import RETRIES, Access, Storage
+
+CALIBRATION_ROWS = 2048
+"""Rows of the sample that codes are calibrated with: of values like it, one in a thousand then lies outside the ranges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +42,14 @@ class Job:
     spec: EmbedderSpec
     selection: Selection
     role: Role
-    dtype: str
+    precision: Precision
+    """Without the calibration that the first actor makes."""
+    calibrates: bool
+    calibration_places: list[Place] = field(repr=False)
+    """Rows that a calibration is made of."""
+    chunking: Chunking | None
+    dedup: bool
+    reuse: Reuse | None
     run_key: str
     space: str
     output: Storage
@@ -40,10 +57,23 @@ class Job:
     """To the corpus."""
 
     @classmethod
-    def of(cls, plan: Plan, spec: EmbedderSpec, output: Storage, access: Access) -> Job:
+    def of(cls, plan: Plan, spec: EmbedderSpec, output: Storage, access: Access, *, dedup: bool = False, reuse: Reuse | None = None) -> Job:
         role: Role = "query" if plan.role == "query" else "document"
+        tokens = plan.corpus["chunk_tokens"]
         return cls(
-            spec=spec, selection=plan.selection, role=role, dtype=plan.dtype, run_key=plan.run_key, space=plan.space_digest, output=output, access=access
+            spec=spec,
+            selection=plan.selection,
+            role=role,
+            precision=plan.precision(None),
+            calibrates=plan.calibrates,
+            calibration_places=places(plan.files, CALIBRATION_ROWS) if plan.calibrates else [],
+            chunking=Chunking(tokens=tokens, overlap=plan.corpus["chunk_overlap"], pool=plan.corpus["chunk_pool"]) if tokens else None,
+            dedup=dedup,
+            reuse=reuse,
+            run_key=plan.run_key,
+            space=plan.space_digest,
+            output=output,
+            access=access,
         )
 
 
@@ -72,7 +102,8 @@ class ReadTask:
 class Prepared:
     """One unit, ready for the model.
 
-    accepted: source_file, source_row, [id], kept columns, n_tokens, truncated, token_ids (list<int32>)
+    accepted: a row for each prompt: source_file, source_row, [id], kept columns, n_tokens, truncated, prompt_hash,
+              [chunk, chunk_start, chunk_end], token_ids (list<int32>); the chunks of a text stand one after the other
     rejected: as ``shards.schema.REJECTS``
     error:    why the unit cannot be done at all; then both tables are empty
     """
@@ -164,22 +195,16 @@ def prepare_unit(job: Job, unit: Unit, table: pa.Table) -> Prepared:
     if job.selection.filter:
         numbered = filtered(numbered, job.selection.filter)
     texts, problems = job.selection.texts(numbered)
-    good = [row for row, text in enumerate(texts) if text is not None]
-    rows, unfit = _prompter(job).tokenize([text for text in texts if text is not None])
-    fit: list[int] = []
-    for position, (row, problem) in enumerate(zip(good, unfit, strict=True)):
-        if problem is None:
-            fit.append(position)
-        else:
-            problems[row] = (problem.reason, problem.detail)
-    accepted_rows = np.asarray(good, np.int64)[fit] if fit else np.zeros(0, np.int64)
-    columns = _row_columns(job.selection, unit, numbered, accepted_rows)
-    # Unfit rows have no tokens, so the others' token ids already lie end to end.
-    lengths = rows.lengths[fit] if fit else np.zeros(0, np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    columns["n_tokens"] = pa.array(lengths.astype(np.int32))
-    columns["truncated"] = pa.array(rows.truncated[fit] if fit else np.zeros(0, np.bool_))
-    columns["token_ids"] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(rows.ids))
+    prompts = make_prompts(job, texts)
+    problems |= prompts.problems
+    columns = _row_columns(job.selection, unit, numbered, prompts.owner)
+    rows = prompts.rows
+    columns["n_tokens"] = pa.array(rows.lengths.astype(np.int32))
+    columns["truncated"] = pa.array(rows.truncated)
+    columns["prompt_hash"] = prompt_hashes(rows)
+    if job.chunking:
+        columns |= prompts.chunk_columns
+    columns["token_ids"] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.ids))
     return Prepared(
         unit,
         pa.table(columns),
@@ -187,6 +212,57 @@ def prepare_unit(job: Job, unit: Unit, table: pa.Table) -> Prepared:
         filtered=unit.rows - numbered.num_rows,
         storage_retries=RETRIES.take(),
     )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of some texts.
+
+    rows:     their tokens
+    owner:    int64 [M]  position of each prompt's text
+    chunks:   int64 [M, 3]  number of the chunk in its text, first and last+1 character
+    problems: position of a text without prompts -> (reason, detail)
+    """
+
+    rows: TokenRows
+    owner: npt.NDArray[np.int64]
+    chunks: npt.NDArray[np.int64]
+    problems: dict[int, tuple[str, str]]
+
+    @property
+    def chunk_columns(self) -> dict[str, pa.Array]:
+        number, start, end = self.chunks.T
+        return dict(zip(CHUNK_COLUMNS, (pa.array(number.astype(np.int32)), pa.array(start), pa.array(end)), strict=True))
+
+
+def make_prompts(job: Job, texts: list[str | None]) -> Prompts:
+    """Prompts of the texts that are not None, or of their chunks; a text is left out whole if one of its chunks is unfit."""
+    prompter = _prompter(job)
+    good = [position for position, text in enumerate(texts) if text is not None]
+    whole = [text for text in texts if text is not None]
+    if job.chunking:
+        spans = [chunks(text, offsets, job.chunking) for text, offsets in zip(whole, prompter.text_offsets(whole), strict=True)]
+    else:
+        spans = [[(0, len(text))] for text in whole]
+    owner = [position for position, cut in zip(good, spans, strict=True) for _ in cut]
+    rows, unfit = prompter.tokenize([text[start:end] for text, cut in zip(whole, spans, strict=True) for start, end in cut])
+    numbers = np.array([(number, start, end) for cut in spans for number, (start, end) in enumerate(cut)], np.int64).reshape(-1, 3)
+    problems: dict[int, tuple[str, str]] = {}
+    for prompt, problem in enumerate(unfit):
+        if problem is not None:
+            detail = f"chunk {numbers[prompt, 0]}: {problem.detail}" if job.chunking else problem.detail
+            problems.setdefault(owner[prompt], (problem.reason, detail))
+    if not problems:
+        return Prompts(rows, np.asarray(owner, np.int64), numbers, problems)
+    fit = [prompt for prompt, position in enumerate(owner) if position not in problems]
+    return Prompts(rows.take(fit), np.asarray(owner, np.int64)[fit], numbers[fit], problems)
+
+
+def prompt_hashes(rows: TokenRows) -> pa.FixedSizeBinaryArray:
+    """BLAKE2b of each row's token ids (int32, little-endian), 16 bytes: in one space, equal hashes are equal vectors."""
+    ids = rows.ids.astype("<i4", copy=False)
+    data = [hashlib.blake2b(ids[start:end].tobytes(), digest_size=16).digest() for start, end in itertools.pairwise(rows.offsets.tolist())]
+    return pa.array(data, pa.binary(16))
 
 
 def _row_columns(selection: Selection, unit: Unit, numbered: pa.Table, rows: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Counts:
     rows_total: int = 0
     tokens: int = 0
     rejects: int = 0
+    not_finite: int = 0
     failed_units: int = 0
     actors: int = 0
     storage_retries: int = 0

@@ -66,6 +66,10 @@ class TokenRows:
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self.offsets)
 
+    def take(self, rows: Any) -> TokenRows:
+        """The rows at these positions, in this order."""
+        return TokenRows.from_lists([self[row] for row in rows], [bool(self.truncated[row]) for row in rows])
+
     def shared(self, prefix: IntArray) -> npt.NDArray[np.int64]:
         """int64 [N]: how many leading tokens each row shares with ``prefix``; at least one token stays its own."""
         shared = np.zeros(len(self), np.int64)
@@ -108,16 +112,23 @@ class Prompter:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._eos: list[int] = []
+        self.template_tokens: int
+        """Tokens of the prompt of an empty text: what the template takes of ``max_tokens``."""
         if representation.append_eos:
             if eos_id is None:
                 raise ConfigError("append_eos: the tokenizer has no EOS token")
             ends_itself = self._tokenizer.encode("a").ids[-1:] == [eos_id]
             self._eos = [] if ends_itself else [eos_id]
-        bare = len(self._tokenizer.encode(self._before + self._after).ids) + len(self._eos)
+        bare = self.template_tokens = len(self._tokenizer.encode(self._before + self._after).ids) + len(self._eos)
         if bare >= self.max_tokens:
             raise ConfigError(
                 f"max_tokens: {self.max_tokens} leaves no room for text, the {role} template alone is {bare} tokens; raise max_tokens or shorten the template"
             )
+
+    def text_offsets(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
+        """For each text int64 [T, 2]: first and last+1 character of each of its tokens, tokenised without the template."""
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [np.asarray(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings]
 
     def prompt(self, text: str) -> str:
         """The prompt of a text, before tokenisation and truncation."""

@@ -17,7 +17,6 @@ from llmemb_ray.embedders.embedder import Embedder, settle
 from llmemb_ray.errors import RunMismatch
 from llmemb_ray.representation.space import differences
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.storage import Access
 
 
@@ -66,7 +65,7 @@ def search_vectors(run: Run, queries_QD: npt.NDArray[np.float32], *, top_k: int)
     best: list[list[tuple[float, int, int, Any]]] = [[] for _ in queries_QD]
     with_id = ["id"] if run.plan.selection.id else []
     for _, table in run.shards([*with_id, "source_file", "source_row", "embedding"]):
-        scores_QN = queries_QD @ vectors_of(table["embedding"]).T
+        scores_QN = queries_QD @ run.precision.decode(table["embedding"]).T
         files, rows = table["source_file"], table["source_row"]
         for query, scores_N in enumerate(scores_QN):
             found = [

@@ -36,6 +36,16 @@ class Commit:
     filtered: int = 0
     """Rows that the job's filter left out."""
     null_ids: int = 0
+    vectors: int = 0
+    """Rows of the shard: as many as embedded, or more where rows are cut into chunks."""
+    copied: int = 0
+    """Prompts whose vector was copied from an identical prompt of this run."""
+    reused: int = 0
+    """Prompts whose vector was copied from an earlier run."""
+    clipped: int = 0
+    """Values outside the calibration's ranges, written as the nearest code."""
+    mean_cosine: float = 0.0
+    """Mean cosine of all pairs of the shard's vectors; near 1 they have collapsed."""
     shard: str | None = None
     """Path below OUT; None where no row was embedded."""
     shard_bytes: int = 0
@@ -52,6 +62,8 @@ class Commit:
     tokens_padding: int = 0
     tokens_shared: int = 0
     """Tokens not computed because they stand in the shared prefix."""
+    tokens_copied: int = 0
+    """Tokens not computed because the vector was copied."""
     truncated: int = 0
     token_budget: int = 0
     out_of_memory: int = 0

@@ -20,12 +20,13 @@ from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
 from llmemb_ray.errors import NotFound, OutputError, RunMismatch
 from llmemb_ray.representation.representation import Representation
 from llmemb_ray.representation.space import differences, digest
+from llmemb_ray.shards.precision import Calibration, Dtype, Precision
 from llmemb_ray.storage import Storage
 
 RECORD = "_llmemb/plan/plan.json"
-FILES = "_llmemb/plan/files.parquet"
+FILES = "_llmemb/plan/files-{generation}.parquet"
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of OUT. A reader refuses a later one."""
 
 _FILES_SCHEMA = pa.schema(
@@ -39,6 +40,7 @@ _FILES_SCHEMA = pa.schema(
         ("rows_per_unit", pa.int64()),
         ("partitions", pa.string()),
         ("problem", pa.string()),
+        ("generation", pa.int32()),
     ]
 )
 
@@ -50,12 +52,14 @@ class Plan:
     space: dict[str, Any]
     """The fields whose digest is the space."""
     engine: dict[str, Any]
-    """Backend, compute dtype, weight quantisation, output precision: what the run key holds besides space and corpus."""
+    """Backend, compute dtype, weight quantisation, output precision and calibration: what the run key holds besides space and corpus."""
     corpus: dict[str, Any]
     """What decides which rows are embedded and how they are cut, besides the files."""
     role: str
     dimension: int
-    dtype: str
+    dtype: Dtype
+    earlier_run_keys: list[str] = field(default_factory=list)
+    """Run keys of the generations before this one, the first first; each appended files to the one before."""
     id_type: str | None = None
     kept_types: dict[str, str] = field(default_factory=dict)
     model_name: str = ""
@@ -77,6 +81,39 @@ class Plan:
     @property
     def run_key(self) -> str:
         return digest(self.identity)
+
+    @property
+    def generation(self) -> int:
+        """How often files were appended."""
+        return len(self.earlier_run_keys)
+
+    def run_key_of(self, file: int) -> str:
+        """The run key under which the units of a file were embedded: that of the generation that brought the file."""
+        return [*self.earlier_run_keys, self.run_key][self.files[file].generation]
+
+    @property
+    def column_types(self) -> dict[str, str]:
+        """Types of the id column and the kept columns by their names in the corpus."""
+        return ({self.selection.id: self.id_type} if self.selection.id and self.id_type else {}) | self.kept_types
+
+    @property
+    def calibrates(self) -> bool:
+        return Precision.calibrates(self.dtype, self.engine["centre"])
+
+    def precision(self, calibration: Calibration | None) -> Precision:
+        """How vectors are written. calibration: that of the run, where the plan ``calibrates``."""
+        return Precision(
+            dtype=self.dtype,
+            dimension=self.dimension,
+            normalized=self.representation.normalize,
+            centre=self.engine["centre"],
+            calibration=calibration,
+        )
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the shards hold a row for each chunk of a text."""
+        return self.corpus["chunk_tokens"] is not None and self.corpus["chunk_pool"] == "none"
 
     @property
     def representation(self) -> Representation:
@@ -112,15 +149,17 @@ class Plan:
             [file.rows_per_unit for file in self.files],
             [json.dumps(file.partitions) for file in self.files],
             [file.problem for file in self.files],
+            [file.generation for file in self.files],
         ]
         sink = pa.BufferOutputStream()
         arrays = [pa.array(column, field.type) for column, field in zip(columns, _FILES_SCHEMA, strict=True)]
         pq.write_table(pa.Table.from_arrays(arrays, schema=_FILES_SCHEMA), sink, compression="ZSTD")
         files = sink.getvalue().to_pybytes()
-        storage.put(FILES, files)
+        path = FILES.format(generation=self.generation)
+        storage.put(path, files)
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "files"}
         record |= {"selection": asdict(self.selection), "format": FORMAT, "run_key": self.run_key, "space_digest": self.space_digest}
-        record |= {"file_count": len(self.files), "files_sha256": hashlib.sha256(files).hexdigest()}
+        record |= {"files": path, "file_count": len(self.files), "files_sha256": hashlib.sha256(files).hexdigest()}
         record = json.loads(json.dumps(record))
         record["digest"] = digest(record)
         storage.put(RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
@@ -137,10 +176,11 @@ class Plan:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             layout = record.get("format") if isinstance(record, dict) else None
             raise OutputError(f"{storage.url} was written with layout {layout}; this version of llmemb_ray reads layout {FORMAT}")
-        files = storage.read(FILES)
+        path_of_files = str(record.get("files"))
+        files = storage.read(path_of_files)
         for path, said, found in (
             (RECORD, record.pop("digest", None), digest(record)),
-            (FILES, record.get("files_sha256"), hashlib.sha256(files).hexdigest()),
+            (path_of_files, record.get("files_sha256"), hashlib.sha256(files).hexdigest()),
         ):
             if said != found:
                 raise OutputError(f"{storage.display(path)} was altered since the run began; put back the file as it was, or use another output")

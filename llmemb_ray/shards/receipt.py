@@ -10,12 +10,18 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmemb_ray.errors import NotFound, OutputError, RejectsExceeded, RunFailed
+from llmemb_ray.errors import NotFound, OutputError, RejectsExceeded, RunFailed, UnhealthyVectors
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.storage import Storage, redact
 
 PATH = "_llmemb/receipt.json"
+
+NOT_FINITE = "not_finite"
+"""Reason of a reject whose vector holds NaN or infinity."""
+
+COLLAPSED = 0.98
+"""Mean cosine of pairs from which on a run's vectors are called collapsed: unlike texts should not be so alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,16 @@ class Receipt:
     """Left out by the job's filter; not counted as read."""
     rejects_by_reason: dict[str, int]
     null_ids: int
+    vectors: int
+    """Rows of the shards: rows_embedded, or more where texts are cut into chunks."""
+    copied: int
+    """Prompts whose vector was copied from an identical prompt of the run."""
+    reused: int
+    """Prompts whose vector was copied from an earlier run."""
+    clipped_share: float
+    """Share of the values that lay outside the calibration's ranges (int8)."""
+    mean_cosine: float
+    """Mean cosine of pairs of vectors, within units; near 1 the vectors have collapsed."""
     truncated: int
     dimension: int
     dtype: str
@@ -37,6 +53,7 @@ class Receipt:
     tokens_computed: int
     tokens_padding: int
     tokens_shared: int
+    tokens_copied: int
     shard_bytes: int
     token_budgets: list[int]
     out_of_memory: int
@@ -49,6 +66,10 @@ class Receipt:
     """Left-out files, whose rows are unknown, and why."""
     versions: dict[str, str] = field(default_factory=dict)
     version_changes: list[str] = field(default_factory=list)
+    generation: int = 0
+    """How often files were appended."""
+    reuse: dict[str, Any] = field(default_factory=dict)
+    """The run that vectors were copied from, and how many of its rows this one no longer has."""
     finished: float = 0.0
 
     @property
@@ -69,6 +90,16 @@ class Receipt:
             return None
         except (ValueError, TypeError) as error:
             raise OutputError(f"{storage.display(PATH)} is no receipt of this version: {error}") from error
+
+    def check_health(self, max_nan: int, where: str) -> None:
+        """Raises UnhealthyVectors if more rows than allowed have a vector that is not finite."""
+        count = self.rejects_by_reason.get(NOT_FINITE, 0)
+        if count > max_nan:
+            raise UnhealthyVectors(
+                f"{count} rows have a vector that is not finite (allowed {max_nan}); they stand in {where}/rejects with reason {NOT_FINITE}. "
+                "Such a model often needs another compute_dtype (bfloat16 or float32, not float16), and vectors a dtype other than float16; "
+                "or repeat the command with a larger max_nan (nothing is embedded again)"
+            )
 
     def check_rejects(self, largest_rate: float, floor: int, where: str) -> None:
         """Raises RejectsExceeded if more rows were rejected than allowed; ``floor`` rows are always allowed."""
@@ -100,13 +131,16 @@ def reconcile(plan: Plan, commits: list[Commit]) -> None:
         )
 
 
-def make_receipt(plan: Plan, commits: list[Commit], *, seconds_wall: float, versions: dict[str, str], finished: float) -> Receipt:
+def make_receipt(
+    plan: Plan, commits: list[Commit], *, seconds_wall: float, versions: dict[str, str], finished: float, reuse: dict[str, Any] | None = None
+) -> Receipt:
     """Sums the commits up. Raises RunFailed if they do not balance."""
     reconcile(plan, commits)
     reasons: Counter[str] = Counter()
     for commit in commits:
         reasons.update(commit.reasons)
     embedded, rejected = sum(c.embedded for c in commits), sum(c.rejected for c in commits)
+    vectors = sum(c.vectors for c in commits)
     return Receipt(
         run_key=plan.run_key,
         space=plan.space_digest,
@@ -117,6 +151,11 @@ def make_receipt(plan: Plan, commits: list[Commit], *, seconds_wall: float, vers
         rows_filtered=sum(c.filtered for c in commits),
         rejects_by_reason=dict(reasons),
         null_ids=sum(c.null_ids for c in commits),
+        vectors=vectors,
+        copied=sum(c.copied for c in commits),
+        reused=sum(c.reused for c in commits),
+        clipped_share=round(sum(c.clipped for c in commits) / max(1, vectors * plan.dimension), 9),
+        mean_cosine=round(sum(c.mean_cosine * c.vectors for c in commits) / max(1, vectors), 6),
         truncated=sum(c.truncated for c in commits),
         dimension=plan.dimension,
         dtype=plan.dtype,
@@ -124,6 +163,7 @@ def make_receipt(plan: Plan, commits: list[Commit], *, seconds_wall: float, vers
         tokens_computed=sum(c.tokens_computed for c in commits),
         tokens_padding=sum(c.tokens_padding for c in commits),
         tokens_shared=sum(c.tokens_shared for c in commits),
+        tokens_copied=sum(c.tokens_copied for c in commits),
         shard_bytes=sum(c.shard_bytes for c in commits),
         token_budgets=sorted({c.token_budget for c in commits if c.token_budget}),
         out_of_memory=sum(c.out_of_memory for c in commits),
@@ -133,5 +173,7 @@ def make_receipt(plan: Plan, commits: list[Commit], *, seconds_wall: float, vers
         bad_files={redact(file.url): str(file.problem) for file in plan.bad_files},
         versions=versions,
         version_changes=[f"{name}: {plan.versions.get(name)} → {now}" for name, now in versions.items() if plan.versions.get(name) != now],
+        generation=plan.generation,
+        reuse=reuse or {},
         finished=finished,
     )

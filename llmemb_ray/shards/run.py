@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +15,9 @@ from llmemb_ray.shards import commits as commit_records
 from llmemb_ray.shards import lease
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.precision import Calibration, Precision
 from llmemb_ray.shards.receipt import Receipt
-from llmemb_ray.storage import Access, Storage, absolute
+from llmemb_ray.storage import LIST_THREADS, Access, Storage, absolute
 
 DATA = "data"
 REJECTS = "rejects"
@@ -38,13 +40,19 @@ class Run:
 
     @cached_property
     def receipt(self) -> Receipt | None:
-        """The accounts; None while the run is not finished."""
-        return Receipt.load(self.storage)
+        """The accounts; None while the run is not finished, files appended to it included."""
+        receipt = Receipt.load(self.storage)
+        return receipt if receipt is not None and receipt.run_key == self.plan.run_key else None
 
     @cached_property
     def commits(self) -> list[Commit]:
         """The commit of each finished unit, as they stood when first asked for."""
         return commit_records.read_all(self.storage)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """How the vectors are written; its ``decode`` makes float32 vectors of an ``embedding`` column of whatever dtype."""
+        return self.plan.precision(Calibration.load(self.storage) if self.plan.calibrates else None)
 
     def shards(self, columns: list[str] | None = None) -> Iterator[tuple[Commit, pa.Table]]:
         """The committed shards, a row group at a time: (commit, table with ``columns`` or all)."""
@@ -52,6 +60,17 @@ class Run:
             if commit.shard is not None:
                 for table in read_groups(self.storage, commit.shard, columns):
                     yield commit, table
+
+    def light_tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Each committed shard's ``columns``, whole, in order; some are read ahead, so only for columns that are small."""
+        shards = [commit.shard for commit in self.commits if commit.shard is not None]
+
+        def whole(path: str) -> pa.Table:
+            return pa.concat_tables(read_groups(self.storage, path, columns))
+
+        with ThreadPoolExecutor(max_workers=LIST_THREADS) as pool:
+            for start in range(0, len(shards), LIST_THREADS):
+                yield from pool.map(whole, shards[start : start + LIST_THREADS])
 
     def rejects(self) -> Iterator[pa.Table]:
         for commit in self.commits:

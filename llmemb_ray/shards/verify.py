@@ -28,8 +28,10 @@ from llmemb_ray.corpus.reading import read_units
 from llmemb_ray.errors import CheckFailed, LlmembError, NotFound, OutputError, RunFailed
 from llmemb_ray.shards import schema
 from llmemb_ray.shards.commits import Commit
+from llmemb_ray.shards.partitions import Partitions, id_digests, sortable
 from llmemb_ray.shards.receipt import make_receipt, reconcile
 from llmemb_ray.shards.run import DATA, REJECTS, Run
+from llmemb_ray.shards.schema import CHUNK_COLUMNS
 from llmemb_ray.storage import redact
 
 Level = Literal["quick", "sample", "full"]
@@ -40,10 +42,9 @@ SAMPLE_SHARE, SAMPLE_LEAST = 0.05, 20
 NORM_TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
 """How far the norm of a normalised vector may be from 1 in each precision written."""
 
-NOT_FROM_COMMITS = {"seconds_wall", "versions", "version_changes", "finished"}
+NOT_FROM_COMMITS = {"seconds_wall", "versions", "version_changes", "finished", "reuse"}
 """Fields of a receipt that tell of the driver that wrote it; all others follow from plan and commits."""
 
-ID_PARTITIONS = 64
 PROBLEMS_KEPT = 100
 
 
@@ -99,7 +100,7 @@ def verify(run: Run, *, level: Level = "full", against: list[str] | None = None,
     _files(run, commits, findings)
     if level != "quick":
         with tempfile.TemporaryDirectory(prefix="llmemb-verify-") as scratch:
-            ids = _IdCounter(Path(scratch)) if level == "full" and run.plan.selection.id else None
+            ids = Partitions(Path(scratch)) if level == "full" and run.plan.selection.id else None
             units = {unit.name: unit for unit in run.plan.units()}
             for commit in _chosen(commits, level):
                 unit = units.get(commit.unit)
@@ -109,7 +110,7 @@ def verify(run: Run, *, level: Level = "full", against: list[str] | None = None,
                 _unit(run, commit, findings, ids)
                 findings.units_read += 1
             if ids is not None:
-                findings.duplicate_ids = ids.duplicates()
+                findings.duplicate_ids = _duplicates(ids)
                 if findings.duplicate_ids:
                     query = f"SELECT id, count(*) FROM '{run.url}/data/*.parquet' GROUP BY id HAVING count(*) > 1"  # noqa: S608 - shown, not run
                     text = f"{findings.duplicate_ids} ids stand in more than one row (to see them: {query})"
@@ -179,9 +180,9 @@ def _table(run: Run, path: str, sha256: str, findings: Findings) -> pa.Table | N
         return None
 
 
-def _unit(run: Run, commit: Commit, findings: Findings, ids: _IdCounter | None) -> None:
+def _unit(run: Run, commit: Commit, findings: Findings, ids: Partitions | None) -> None:
     seen = np.zeros(commit.rows, np.int8)
-    for path, sha256, count in ((commit.shard, commit.shard_sha256, commit.embedded), (commit.rejects, commit.rejects_sha256, commit.rejected)):
+    for path, sha256, count in ((commit.shard, commit.shard_sha256, commit.vectors), (commit.rejects, commit.rejects_sha256, commit.rejected)):
         if path is None:
             if count:
                 findings.problem(f"commit {commit.unit} counts {count} rows but names no file for them")
@@ -194,7 +195,12 @@ def _unit(run: Run, commit: Commit, findings: Findings, ids: _IdCounter | None) 
             findings.problem(f"{path} lacks the columns {', '.join(lacking)}")
             return
         metadata = schema.metadata_of(table.schema)
-        for name, wanted in (("run_key", run.plan.run_key), ("space", run.plan.space_digest), ("unit", commit.unit), ("attempt", commit.attempt)):
+        for name, wanted in (
+            ("run_key", run.plan.run_key_of(commit.file)),
+            ("space", run.plan.space_digest),
+            ("unit", commit.unit),
+            ("attempt", commit.attempt),
+        ):
             if metadata.get(name) != wanted:
                 findings.problem(f"{path}: its metadata has {name} {metadata.get(name)!r}, the run has {wanted!r}")
         if table.num_rows != count:
@@ -205,11 +211,19 @@ def _unit(run: Run, commit: Commit, findings: Findings, ids: _IdCounter | None) 
         inside = (rows >= 0) & (rows < commit.rows)
         if not inside.all():
             findings.problem(f"{path} has rows outside its unit {commit.unit}")
+        if path == commit.shard and run.plan.chunked:
+            firsts = table["chunk"].to_numpy() == 0
+            _chunks(path, table, findings)
+            table_of_rows, rows, inside = table.filter(pa.array(firsts)), rows[firsts], inside[firsts]
+            if len(rows) != commit.embedded:
+                findings.problem(f"{path} has chunks of {len(rows)} rows, its commit says {commit.embedded}")
+        else:
+            table_of_rows = table
         np.add.at(seen, rows[inside], 1)
         if path == commit.shard:
             _vectors(run, path, table, findings)
             if ids is not None:
-                ids.add(table["id"])
+                ids.add(id_digests(table_of_rows["id"]))
     if (seen > 1).any():
         findings.problem(f"unit {commit.unit}: source row {commit.start + int(np.argmax(seen > 1))} stands twice in data and rejects")
     if int((seen == 0).sum()) != commit.filtered:
@@ -219,7 +233,20 @@ def _unit(run: Run, commit: Commit, findings: Findings, ids: _IdCounter | None) 
 def _columns(run: Run, *, rejects: bool) -> list[str]:
     if rejects:
         return list(schema.REJECTS.names)
-    return [*(["id"] if run.plan.selection.id else []), "source_file", "source_row", "embedding", "n_tokens", "truncated", *run.plan.selection.keep]
+    own = ["source_file", "source_row", "embedding", "n_tokens", "truncated", "prompt_hash", *(CHUNK_COLUMNS if run.plan.chunked else ())]
+    return [*(["id"] if run.plan.selection.id else []), *own, *run.plan.selection.keep]
+
+
+def _chunks(path: str, table: pa.Table, findings: Findings) -> None:
+    """The chunks of each row are numbered from 0 without a gap, and lie in its text one behind the other."""
+    rows, numbers, starts, ends = (table[name].to_numpy() for name in ("source_row", *CHUNK_COLUMNS))
+    first = np.concatenate([[True], rows[1:] != rows[:-1]])
+    follows = ~first
+    wrong = first & (numbers != 0)
+    wrong[1:] |= follows[1:] & ((numbers[1:] != numbers[:-1] + 1) | (starts[1:] < starts[:-1]))
+    wrong |= ends < starts
+    if wrong.any():
+        findings.problem(f"{path}: the chunks of source row {rows[int(np.argmax(wrong))]} do not follow one another")
 
 
 def _vectors(run: Run, path: str, table: pa.Table, findings: Findings) -> None:
@@ -231,7 +258,10 @@ def _vectors(run: Run, path: str, table: pa.Table, findings: Findings) -> None:
     if table["embedding"].null_count:
         findings.problem(f"{path}: {table['embedding'].null_count} vectors are null")
         return
-    vectors = schema.vectors_of(table["embedding"])
+    quantised = run.plan.dtype in ("int8", "ubinary")
+    if run.plan.calibrates and not _calibrated(run, path, table, findings):
+        return
+    vectors = run.precision.decode(table["embedding"])
     source_rows = table["source_row"]
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
@@ -239,43 +269,37 @@ def _vectors(run: Run, path: str, table: pa.Table, findings: Findings) -> None:
     norms = np.linalg.norm(np.where(np.expand_dims(finite, 1), vectors, 0), axis=1)
     if (norms[finite] == 0).any():
         findings.problem(f"{path}: {int((norms[finite] == 0).sum())} vectors are zero")
-    if run.plan.representation.normalize:
+    if run.plan.representation.normalize and not quantised:
         off: npt.NDArray[np.bool_] = finite & (norms > 0) & (np.abs(norms - 1) > NORM_TOLERANCE[run.plan.dtype])
         if off.any():
             first = int(np.argmax(off))
             findings.problem(f"{path}: {int(off.sum())} vectors are not normalised, that of source row {source_rows[first]} has norm {norms[first]:.4f}")
 
 
-class _IdCounter:
-    """Tells ids that stand more than once, with 16 bytes of disk an id and one partition in memory at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        self._paths = [directory / f"{partition:02d}" for partition in range(ID_PARTITIONS)]
-
-    def add(self, ids: pa.ChunkedArray) -> None:
-        digests = b"".join(_id_digest(value) for value in id_values(ids) if value is not None)
-        array = np.frombuffer(digests, dtype="V16")
-        first = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)[:, 0] % ID_PARTITIONS
-        for partition in np.unique(first):
-            with open(self._paths[partition], "ab") as file:
-                file.write(array[first == partition].tobytes())
-
-    def duplicates(self) -> int:
-        """How many ids stand in several rows."""
-        count = 0
-        for path in self._paths:
-            if not path.exists():
-                continue
-            pairs = np.fromfile(path, dtype=[("high", np.uint64), ("low", np.uint64)])
-            pairs.sort(order=["high", "low"])
-            same = pairs[1:] == pairs[:-1]
-            firsts = same & ~np.concatenate([[False], same[:-1]])
-            count += int(firsts.sum())
-        return count
+def _calibrated(run: Run, path: str, table: pa.Table, findings: Findings) -> bool:
+    """Whether the shard's codes were made with the run's calibration."""
+    try:
+        calibration = run.precision.calibration
+    except OutputError as error:
+        findings.problem(str(error))
+        return False
+    if calibration is None:
+        findings.problem(f"{path}: its codes cannot be read, the run's calibration is not there")
+        return False
+    said = schema.metadata_of(table.schema).get("calibration")
+    if said != calibration.digest:
+        findings.problem(f"{path}: its codes were made with calibration {said!r}, the run has {calibration.digest!r}")
+    return bool(said == calibration.digest)
 
 
-def _id_digest(value: Any) -> bytes:
-    return hashlib.blake2b(repr(value).encode(), digest_size=16).digest()
+def _duplicates(ids: Partitions) -> int:
+    """How many ids stand in several rows."""
+    count = 0
+    for digests, _ in ids:
+        pairs = np.sort(sortable(digests), order=["high", "low"])
+        same = pairs[1:] == pairs[:-1]
+        count += int((same & ~np.concatenate([[False], same[:-1]])).sum()) if len(same) else 0
+    return count
 
 
 def _compare(run: Run, against: list[str], findings: Findings) -> None:

@@ -1,0 +1,99 @@
+"""Texts read back from the corpus by where they stand: file of the plan and row of the file.
+
+Invariant: a text comes from the very file that was embedded, or not at all: a file that changed or is gone
+gives the reason in its place. Reading is by row group, only of the text's columns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmemb_ray.corpus.columns import Selection, without_views
+from llmemb_ray.corpus.reading import BATCH_ROWS, check_unchanged, with_partitions
+from llmemb_ray.corpus.units import PlannedFile
+from llmemb_ray.errors import LlmembError
+from llmemb_ray.storage import LIST_THREADS, Access, locate, redact
+
+RowKey = tuple[int, int]
+"""(index of the file in the plan, row of the file)"""
+
+
+@dataclass
+class Texts:
+    """texts: by row key; missing: why a row has no text, by row key."""
+
+    texts: dict[RowKey, str] = field(default_factory=dict)
+    missing: dict[RowKey, str] = field(default_factory=dict)
+
+
+def texts_at(files: Sequence[PlannedFile], selection: Selection, access: Access, wanted: Iterable[RowKey]) -> Texts:
+    """The texts of the ``wanted`` rows. Raises nothing for files that are gone, changed or broken: their rows are ``missing``."""
+    by_file: dict[int, set[int]] = defaultdict(set)
+    for file, row in wanted:
+        by_file[file].add(row)
+    found = Texts()
+    if not by_file:
+        return found
+    bare = Selection(text=selection.text)
+
+    def one(index: int) -> Texts:
+        return _in_file(files[index], bare, access, sorted(by_file[index]))
+
+    with ThreadPoolExecutor(max_workers=min(LIST_THREADS, len(by_file))) as pool:
+        for part in pool.map(one, sorted(by_file)):
+            found.texts |= part.texts
+            found.missing |= part.missing
+    return found
+
+
+def _in_file(file: PlannedFile, selection: Selection, access: Access, rows: list[int]) -> Texts:
+    found = Texts()
+    try:
+        check_unchanged(file, access)
+        storage, name = locate(file.url, access)
+        with storage.open(name, file.size) as reader:
+            parquet = pq.ParquetFile(reader, pre_buffer=False)
+            columns = selection.columns(parquet.schema_arrow, file.partitions)
+            edges = np.cumsum([0, *file.group_rows])
+            groups = np.searchsorted(edges, rows, side="right") - 1
+            for group in np.unique(groups).tolist():
+                inside = [row for row, where in zip(rows, groups.tolist(), strict=True) if where == group]
+                _in_group(parquet, group, int(edges[group]), inside, columns, file, selection, found)
+    except LlmembError as error:
+        reason = str(error)
+    except (pa.ArrowException, OSError) as error:
+        reason = f"{redact(file.url)} cannot be read: {error}"
+    else:
+        reason = f"{redact(file.url)} has no such row"
+    for row in rows:
+        key = (file.index, row)
+        if key not in found.texts and key not in found.missing:
+            found.missing[key] = reason
+    return found
+
+
+def _in_group(
+    parquet: pq.ParquetFile, group: int, first: int, rows: list[int], columns: list[str], file: PlannedFile, selection: Selection, found: Texts
+) -> None:
+    position, left = first, rows
+    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+        here = [row for row in left if row < position + batch.num_rows]
+        if here:
+            table = with_partitions(without_views(pa.Table.from_batches([batch])), file).take(pa.array([row - position for row in here]))
+            texts, problems = selection.texts(table)
+            for place, (row, text) in enumerate(zip(here, texts, strict=True)):
+                if text is None:
+                    found.missing[file.index, row] = problems[place][1]
+                else:
+                    found.texts[file.index, row] = text
+            left = left[len(here) :]
+        if not left:
+            return
+        position += batch.num_rows

@@ -1,0 +1,207 @@
+"""From the prompts of a unit to its vectors: copied from an earlier run or an identical prompt where asked for, else embedded.
+
+Invariant: a vector that is copied is one that the same tokens had in the same space; each prompt is embedded,
+copied or failed, and counted as one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from llmemb_ray.embedders.embedder import Embedder
+from llmemb_ray.embedders.work import Work
+from llmemb_ray.pipeline.prepare import Job, Prepared
+from llmemb_ray.shards.partitions import binary_digests
+from llmemb_ray.shards.precision import Precision
+from llmemb_ray.shards.reuse import Copies
+from llmemb_ray.shards.schema import CHUNK_COLUMNS
+
+OnPack = Callable[[int, int], None]
+"""Called with (rows, tokens) of each pack that is done."""
+
+Floats = npt.NDArray[np.float32]
+Failures = dict[int, tuple[str, str]]
+"""Row -> (reason, detail)"""
+
+REMEMBERED_BYTES = 256 * 2**20
+"""Vectors that an actor remembers for ``dedup``: the window in which a prompt that comes again is not embedded again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isolation:
+    """How to embed a unit that has killed its engine before, so that the row at fault is found.
+
+    ranges: row ranges to embed one after the other; ``entering(range)`` is called before each and outlives the process
+    poison: rows known to kill the engine
+    """
+
+    ranges: list[tuple[int, int]]
+    poison: frozenset[int] = frozenset()
+    entering: Callable[[tuple[int, int]], None] = field(default=lambda _: None)
+
+
+class Remembered:
+    """The vectors of the prompts seen last, by their hash; bounded in bytes. Several threads may use it."""
+
+    def __init__(self, limit_bytes: int = REMEMBERED_BYTES) -> None:
+        self._vectors: OrderedDict[bytes, Floats] = OrderedDict()
+        self._room = limit_bytes
+        self._lock = threading.Lock()
+
+    def get(self, hash_: bytes) -> Floats | None:
+        with self._lock:
+            vector = self._vectors.get(hash_)
+            if vector is not None:
+                self._vectors.move_to_end(hash_)
+            return vector
+
+    def put(self, hash_: bytes, vector: Floats) -> None:
+        with self._lock:
+            if hash_ in self._vectors:
+                return
+            self._vectors[hash_] = vector.copy()
+            self._room -= vector.nbytes
+            while self._room < 0:
+                self._room += self._vectors.popitem(last=False)[1].nbytes
+
+
+@dataclass(kw_only=True)
+class Workshop:
+    """What a process keeps from unit to unit, besides the model."""
+
+    precision: Precision
+    """With its calibration."""
+    remembered: Remembered = field(default_factory=Remembered)
+
+
+@dataclass(kw_only=True)
+class Made:
+    """rows: a row of the shard each, failed ones included; vectors: float32 [N, D], zero where there is none yet."""
+
+    rows: pa.Table
+    vectors: Floats
+    failed: Failures
+    work: Work
+    tokens: int
+    """Of all prompts, copied ones included."""
+    copied: int = 0
+    reused: int = 0
+    copies: Copies | None = None
+    """Of rows, from the earlier run."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """The making of one unit's vectors."""
+
+    job: Job
+    prepared: Prepared
+    embedder: Embedder
+    workshop: Workshop
+    on_pack: OnPack | None = None
+
+    def vectors(self, isolation: Isolation | None) -> Made:
+        prompts = self.prepared.accepted
+        pooled = self.job.chunking is not None and self.job.chunking.pool == "mean"
+        rows, owner = _texts(prompts) if pooled else (prompts, np.arange(prompts.num_rows))
+        copies = self.job.reuse.copies(rows["prompt_hash"]) if self.job.reuse and rows.num_rows else None
+        todo = np.flatnonzero(~copies.found[owner]) if copies else np.arange(prompts.num_rows)
+        vectors_MD = np.zeros((prompts.num_rows, self.embedder.dimension), np.float32)
+        copied = 0
+        failed: Failures = {}
+        if isolation is not None:
+            work = self._isolated(todo, vectors_MD, failed, isolation)
+        elif self.job.dedup:
+            work, copied = self._deduplicated(todo, vectors_MD, failed)
+        else:
+            work = self._embedded(todo, vectors_MD, failed)
+        tokens = int(self.prepared.tokens.lengths.sum())
+        vectors, failures = _mean(vectors_MD, owner, rows.num_rows, failed, self.workshop.precision.normalized) if pooled else (vectors_MD, failed)
+        if copies:
+            vectors[copies.found] = copies.vectors[copies.found]
+        reused = prompts.num_rows - len(todo)
+        return Made(rows=rows, vectors=vectors, failed=failures, work=work, tokens=tokens, copied=copied, reused=reused, copies=copies)
+
+    def _embedded(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> Work:
+        """Embeds the prompts ``todo`` into their places in ``vectors``."""
+        tokens = self.prepared.tokens
+        chosen = tokens if len(todo) == len(tokens) else tokens.take(todo.tolist())
+        result = self.embedder.embed_tokens(chosen, self.job.role, on_pack=self.on_pack)
+        vectors[todo] = result.vectors
+        failed |= {int(todo[row]): ("engine", detail) for row, detail in result.failed.items()}
+        return result.work
+
+    def _deduplicated(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> tuple[Work, int]:
+        """The same with each prompt once; also the number of vectors copied."""
+        hashes = [value.tobytes() for value in binary_digests(self.prepared.accepted["prompt_hash"])]
+        first: dict[bytes, int] = {}
+        later: list[tuple[int, int]] = []
+        known = 0
+        for row in todo.tolist():
+            vector = self.workshop.remembered.get(hashes[row])
+            if vector is not None:
+                vectors[row] = vector
+                known += 1
+            elif hashes[row] in first:
+                later.append((row, first[hashes[row]]))
+            else:
+                first[hashes[row]] = row
+        work = self._embedded(np.fromiter(first.values(), np.int64, len(first)), vectors, failed)
+        for row, same in later:
+            vectors[row] = vectors[same]
+            if same in failed:
+                failed[row] = failed[same]
+        for hash_, row in first.items():
+            if row not in failed and np.isfinite(vectors[row]).all():
+                self.workshop.remembered.put(hash_, vectors[row])
+        return work, known + len(later)
+
+    def _isolated(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures, isolation: Isolation) -> Work:
+        """The same, range by range, without the rows that are known to kill the engine."""
+        reason = ("kills_engine", "the process that held the model died on this row, again and again")
+        failed |= dict.fromkeys(isolation.poison & set(todo.tolist()), reason)
+        work = Work()
+        for first, last in isolation.ranges:
+            here = [row for row in todo.tolist() if first <= row < last and row not in isolation.poison]
+            isolation.entering((first, last))
+            work.add(self._embedded(np.asarray(here, np.int64), vectors, failed))
+        return work
+
+
+def _texts(prompts: pa.Table) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+    """One row a text, from a row a chunk, with the row of each chunk: tokens summed up, its hash that of its chunks' hashes."""
+    source = prompts["source_row"].to_numpy()
+    first = np.flatnonzero(np.concatenate([[True], source[1:] != source[:-1]])) if len(source) else np.zeros(0, np.int64)
+    owner = np.searchsorted(first, np.arange(len(source)), side="right") - 1
+    rows = prompts.take(pa.array(first)).drop_columns([*CHUNK_COLUMNS, "token_ids"])
+    if not len(first):
+        return rows, owner
+    tokens = np.add.reduceat(prompts["n_tokens"].to_numpy().astype(np.int64), first).astype(np.int32)
+    truncated = np.logical_or.reduceat(prompts["truncated"].to_numpy(), first)
+    digests = binary_digests(prompts["prompt_hash"])
+    hashes = pa.array([hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in np.split(digests, first[1:])], pa.binary(16))
+    for name, values in (("n_tokens", pa.array(tokens)), ("truncated", pa.array(truncated)), ("prompt_hash", hashes)):
+        rows = rows.set_column(rows.column_names.index(name), name, values)
+    return rows, owner
+
+
+def _mean(vectors_MD: Floats, owner: npt.NDArray[np.int64], texts: int, failed: Failures, normalized: bool) -> tuple[Floats, Failures]:
+    """The mean of each text's vectors, of norm 1 again where they had it; a text fails with the first of its chunks."""
+    total = np.zeros((texts, vectors_MD.shape[1]), np.float32)
+    np.add.at(total, owner, vectors_MD)
+    counts = np.maximum(np.bincount(owner, minlength=texts), 1).astype(np.float32)
+    mean: Floats = np.divide(total, np.expand_dims(counts, 1), dtype=np.float32)
+    if normalized:
+        mean = np.divide(mean, np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+    failures: Failures = {}
+    for row in sorted(failed):
+        failures.setdefault(int(owner[row]), failed[row])
+    return mean, failures

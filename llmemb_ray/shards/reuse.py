@@ -1,0 +1,236 @@
+"""Vectors of an earlier run, found by the hash of their prompt and copied instead of made again.
+
+Invariant: a vector is copied only within one vector space and one engine, and only under the whole 16-byte
+hash of the same token ids. The index of the earlier run lies in the new run's OUT, sorted by hash, and is read
+where it lies on a node's disk: nothing proportional to the earlier run is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmemb_ray.errors import NotFound, OutputError, RunMismatch
+from llmemb_ray.representation.space import differences
+from llmemb_ray.shards import partitions
+from llmemb_ray.shards.partitions import Partitions
+from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.precision import Precision
+from llmemb_ray.shards.run import OWN, Run
+from llmemb_ray.shards.schema import raw_values
+from llmemb_ray.storage import Storage
+
+DIRECTORY = f"{OWN}/reuse"
+RECORD = f"{DIRECTORY}/index.json"
+SHARDS = f"{DIRECTORY}/shards.parquet"
+DELETED = f"{OWN}/deleted.parquet"
+
+_ENTRY = np.dtype([("hash", "<u8"), ("shard", "<i4"), ("row", "<i4")])
+"""First 8 bytes of a prompt's hash, and where its vector stands."""
+
+
+@dataclass
+class Copies:
+    """vectors: float32 [N, D], zero where ``found`` is not; raw: the same as stored, where both runs store alike."""
+
+    found: npt.NDArray[np.bool_]
+    vectors: npt.NDArray[np.float32]
+    raw: npt.NDArray[Any] | None
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Copies:
+        return Copies(self.found[rows], self.vectors[rows], None if self.raw is None else self.raw[rows])
+
+
+def check(earlier: Run, plan: Plan) -> None:
+    """Raises OutputError or RunMismatch, field by field, if a run's vectors cannot stand in the run of ``plan``."""
+    if earlier.receipt is None:
+        raise OutputError(f"reuse: the run in {earlier.url} is not finished; finish it first, with the embed command that began it")
+    ours = {"space": plan.space, "engine": {name: plan.engine[name] for name in ("backend", "compute_dtype", "quantization")}}
+    theirs = {"space": earlier.plan.space, "engine": {name: earlier.plan.engine[name] for name in ours["engine"]}}
+    changed = [f"  {name}: that run has {there!r}, this one {here!r}" for name, here, there in differences(ours, theirs)]
+    if earlier.plan.dtype not in (plan.dtype, "float32"):
+        changed.append(f"  dtype: that run has {earlier.plan.dtype!r}, this one {plan.dtype!r}; only float32 can become another")
+    if not changed and plan.calibrates and earlier.plan.dtype == plan.dtype:
+        wanted = plan.engine["calibration"]
+        calibration = earlier.precision.calibration
+        if calibration is None or wanted != calibration.digest:
+            changed.append(f"  calibration: that run's codes have other ranges; give --calibration {earlier.url}")
+    if bool(plan.corpus["chunk_pool"] == "mean") != bool(earlier.plan.corpus["chunk_pool"] == "mean"):
+        changed.append(f"  chunk_pool: that run has {earlier.plan.corpus['chunk_pool']!r}, this one {plan.corpus['chunk_pool']!r}")
+    if changed:
+        raise RunMismatch(f"reuse: vectors of {earlier.url} cannot be copied into this run:\n" + "\n".join(changed))
+
+
+def build_index(earlier: Run, output: Storage) -> None:
+    """Writes the index of a finished run's prompts into ``output``; nothing if it stands there already."""
+    assert earlier.receipt is not None
+    identity = {"run": earlier.url, "run_key": earlier.plan.run_key, "finished": earlier.receipt.finished}
+    try:
+        if json.loads(output.read(RECORD))["of"] == identity:
+            return
+    except NotFound:
+        pass
+    output.delete_tree(DIRECTORY)
+    shards = [commit.shard for commit in earlier.commits if commit.shard is not None]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"shard": pa.array(shards, pa.string())}), sink, compression="ZSTD")
+    output.put(SHARDS, sink.getvalue())
+    with tempfile.TemporaryDirectory(prefix="llmemb-reuse-") as scratch:
+        spread = Partitions(Path(scratch))
+        for shard, table in enumerate(earlier.light_tables(["prompt_hash"])):
+            digests = partitions.binary_digests(table["prompt_hash"])
+            spread.add(digests, (np.int64(shard) << np.int64(32)) | np.arange(len(digests), dtype=np.int64))
+        names = {}
+        for number, (digests, places) in enumerate(spread):
+            if len(digests):
+                entries = np.zeros(len(digests), _ENTRY)
+                entries["hash"] = _heads(digests)
+                entries["shard"], entries["row"] = places >> 32, places & 0xFFFFFFFF
+                names[str(number)] = f"{DIRECTORY}/{number:02d}.bin"
+                output.put(names[str(number)], np.sort(entries, order="hash").tobytes())
+    output.put(RECORD, json.dumps({"of": identity, "partitions": names}).encode())
+
+
+def _heads(digests: partitions.Digests) -> npt.NDArray[np.uint64]:
+    return np.ascontiguousarray(digests).view("<u8").reshape(-1, 2)[:, 0]
+
+
+@dataclass
+class Reuse:
+    """What a worker needs to copy vectors of an earlier run."""
+
+    earlier: Storage
+    precision: Precision
+    """Of the earlier run."""
+    output: Storage
+    raw: bool
+    """Whether both runs store vectors alike, so that they are copied bit by bit."""
+    _index: _Index | None = field(default=None, repr=False, init=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_index": None}
+
+    def copies(self, hashes: pa.ChunkedArray) -> Copies:
+        """The vectors of those prompts that the earlier run has. hashes: column ``prompt_hash`` of N rows."""
+        if self._index is None:
+            self._index = _Index(self.output)
+        digests = partitions.binary_digests(hashes)
+        found = np.zeros(len(digests), np.bool_)
+        vectors = np.zeros((len(digests), self.precision.dimension), np.float32)
+        raw: npt.NDArray[Any] | None = None
+        shard_of, row_of = self._index.find(digests)
+        for shard in np.unique(shard_of[shard_of >= 0]).tolist():
+            rows = np.flatnonzero(shard_of == shard)
+            column, there = self._read(self._index.shards[shard], row_of[rows])
+            same = partitions.sortable(there) == partitions.sortable(digests[rows])
+            values = raw_values(column)
+            found[rows[same]] = True
+            vectors[rows[same]] = self.precision.decode(column)[same]
+            if self.raw:
+                raw = np.zeros((len(digests), values.shape[1]), values.dtype) if raw is None else raw
+                raw[rows[same]] = values[same]
+        return Copies(found, vectors, raw)
+
+    def _read(self, shard: str, rows: npt.NDArray[np.int64]) -> tuple[pa.ChunkedArray, partitions.Digests]:
+        """(embedding, prompt hashes) of some rows of a shard, reading only their row groups."""
+        try:
+            with self.earlier.open(shard) as reader:
+                file = pq.ParquetFile(reader)
+                edges = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
+                groups = np.searchsorted(edges, rows, side="right") - 1
+                needed = np.unique(groups)
+                table = file.read_row_groups(needed.tolist(), columns=["prompt_hash", "embedding"])
+        except NotFound as error:
+            raise OutputError(f"reuse: {self.earlier.display(shard)} is gone; run verify on that run, or leave reuse out") from error
+        before = np.cumsum([0, *(edges[needed + 1] - edges[needed])])
+        inside = rows - edges[groups] + before[np.searchsorted(needed, groups)]
+        table = table.take(pa.array(inside))
+        return table["embedding"], partitions.binary_digests(table["prompt_hash"])
+
+
+class _Index:
+    """The index as it lies on this node's disk, brought there once."""
+
+    def __init__(self, output: Storage) -> None:
+        from filelock import FileLock
+
+        record = output.read(RECORD)
+        cache = Path(os.environ.get("LLMEMB_CACHE", Path.home() / ".cache" / "llmemb_ray")) / "reuse"
+        cache.mkdir(parents=True, exist_ok=True)
+        here = cache / hashlib.sha256(record).hexdigest()[:32]
+        names: dict[str, str] = json.loads(record)["partitions"]
+        with FileLock(f"{here}.lock"):
+            if not here.is_dir():
+                partial = Path(f"{here}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                for number, name in names.items():
+                    (partial / number).write_bytes(output.read(name))
+                partial.rename(here)
+        self._parts: dict[int, npt.NDArray[Any]] = {int(number): np.memmap(here / number, _ENTRY, "r") for number in names}
+        self.shards: list[str] = pq.read_table(pa.BufferReader(output.read(SHARDS)))["shard"].to_pylist()
+
+    def find(self, digests: partitions.Digests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(shard, row) of each digest by its first 8 bytes; −1 where there is none."""
+        shards, rows = np.full(len(digests), -1, np.int64), np.zeros(len(digests), np.int64)
+        first = np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)[:, 0] % partitions.COUNT
+        for number in np.unique(first).tolist():
+            part = self._parts.get(number)
+            if part is None:
+                continue
+            here = np.flatnonzero(first == number)
+            heads = _heads(digests[here])
+            place = np.minimum(np.searchsorted(part["hash"], heads), len(part) - 1)
+            hit = part["hash"][place] == heads
+            shards[here[hit]], rows[here[hit]] = part["shard"][place[hit]], part["row"][place[hit]]
+        return shards, rows
+
+
+def write_deletions(earlier: Run, run: Run) -> int:
+    """Lists the rows of the earlier run that ``run`` no longer has, in ``_llmemb/deleted.parquet``, and returns how many.
+
+    A row is told by its id where both runs have one, else by its prompt.
+    """
+    by_id = bool(earlier.plan.selection.id and run.plan.selection.id)
+    key = "id" if by_id else "prompt_hash"
+    columns = list(dict.fromkeys([key, *(["id"] if earlier.plan.selection.id else []), "source_file", "source_row"]))
+
+    def digests(table: pa.Table) -> partitions.Digests:
+        return partitions.id_digests(table[key]) if by_id else partitions.binary_digests(table[key])
+
+    gone: list[tuple[int, int]] = []
+    with tempfile.TemporaryDirectory(prefix="llmemb-deleted-") as scratch:
+        now, then = Partitions(Path(scratch) / "now"), Partitions(Path(scratch) / "then")
+        for table in run.light_tables([key]):
+            now.add(digests(table))
+        for number, table in enumerate(earlier.light_tables([key])):
+            kept = np.flatnonzero(table[key].is_valid().to_numpy()).astype(np.int64)
+            then.add(digests(table), (np.int64(number) << np.int64(32)) | kept)
+        for (here, _), (there, numbers) in zip(now, then, strict=True):
+            lacking = numbers[~np.isin(partitions.sortable(there), partitions.sortable(here))]
+            gone += [(int(number) >> 32, int(number) & 0xFFFFFFFF) for number in lacking]
+    if not gone:
+        run.storage.delete([DELETED])
+        return 0
+    rows_of: dict[int, list[int]] = {}
+    for shard, row in sorted(gone):
+        rows_of.setdefault(shard, []).append(row)
+    tables = [table.take(pa.array(rows_of[number])) for number, table in enumerate(earlier.light_tables(columns)) if number in rows_of]
+    deleted = pa.concat_tables(tables)
+    if earlier.plan.chunked:
+        deleted = deleted.group_by([name for name in columns if name != "prompt_hash"], use_threads=False).aggregate([])
+    sink = pa.BufferOutputStream()
+    pq.write_table(deleted, sink, compression="ZSTD")
+    run.storage.put(DELETED, sink.getvalue())
+    return int(deleted.num_rows)
