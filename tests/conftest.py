@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +36,30 @@ def real_models() -> Path:
     if not models.is_dir():
         pytest.skip(f"no real models at {models}; set LLMEMB_DATA to a data directory with 'models' beside it")
     return models
+
+
+@pytest.fixture(scope="session")
+def tokenizers(real_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories with real tokenizers, saved by transformers from the vocabularies as their authors published them."""
+    from transformers import GPT2Tokenizer, LlamaTokenizer
+
+    sources: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
+        "opt": (
+            GPT2Tokenizer,
+            {"opt_tokenizer/vocab.json": "vocab.json", "opt_tokenizer/merges.txt": "merges.txt"},
+            {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True},
+        ),
+        "gpt2": (GPT2Tokenizer, {"gpt2_tokenizer/encoder.json": "vocab.json", "gpt2_tokenizer/vocab.bpe": "merges.txt"}, {}),
+        "llama2": (LlamaTokenizer, {"llama2_tokenizer/tokenizer.model": "tokenizer.model"}, {"add_bos_token": True}),
+        "mistral": (LlamaTokenizer, {"mistral_tokenizer/tokenizer.model.v1": "tokenizer.model"}, {"add_bos_token": True}),
+    }
+    directories = {"tinystories": real_models / "TinyStories-656K"}
+    for kind, (class_, files, options) in sources.items():
+        original, directories[kind] = tmp_path_factory.mktemp(f"{kind}-original"), tmp_path_factory.mktemp(kind)
+        for source, name in files.items():
+            shutil.copy(real_models / source, original / name)
+        class_.from_pretrained(original, **options).save_pretrained(directories[kind])
+    return directories
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from llmemb_ray.config import EmbedSettings
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import Embedder, EmbedderSpec, settle
 from llmemb_ray.pipeline import job, planning
+from llmemb_ray.pipeline.making import Workshop
 from llmemb_ray.pipeline.prepare import Job, Prepared, ReadTask, prepare
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.receipt import Receipt
@@ -38,6 +39,12 @@ def embed(corpus: Path | str, output: Path, model: Path, **settings: Any) -> Rec
 def opened(output: Path) -> Run:
     """Opened anew, so that nothing of the run is remembered."""
     return Run(Storage(str(output)))
+
+
+def decoded(output: Path) -> dict[Any, npt.NDArray[np.float32]]:
+    """The run's vectors by id, whatever their dtype."""
+    run = opened(output)
+    return {id_: vector for _, table in run.shards() for id_, vector in zip(table["id"].to_pylist(), run.precision.decode(table["embedding"]), strict=True)}
 
 
 def rows_of(output: Path) -> pa.Table:
@@ -73,6 +80,9 @@ class Settled:
 
     def prepared(self) -> list[Prepared]:
         return [prepared for task in self.tasks for prepared in prepare(self.job, task)]
+
+    def workshop(self) -> Workshop:
+        return Workshop(precision=self.job.precision)
 
     def embedder(self) -> Embedder:
         return Embedder(self.spec)

@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]»]*\s+|[。！？｡]+[」』”’）]*\s*|\n\s*\n\s*|\n")
 
+LEAST_FILLED = 0.25
+"""Share of its tokens that a chunk has at least when it ends with a sentence; with less it ends between words."""
+
 Span = tuple[int, int]
 """First and last+1 character."""
 
@@ -42,15 +45,24 @@ def chunks(text: str, offsets: npt.NDArray[np.int64], chunking: Chunking) -> lis
     first = 0
     while first < count:
         limit = first + chunking.tokens
-        border = _latest(sentences, first + chunking.tokens // 2, limit) or _latest(words, first, limit) or limit
+        border = _latest(sentences, first + int(LEAST_FILLED * chunking.tokens), limit) or _latest(words, first, limit) or limit
         last = count if limit >= count else border
         span = _trimmed(text, int(starts[first]), int(starts[last]) if last < count else len(text))
         if span is not None:
-            found.append(span)
+            _add(found, span)
         if last == count:
             break
         first = _next(first, last, chunking.overlap, sentences, words)
     return found or [(0, len(text))]
+
+
+def _add(found: list[Span], span: Span) -> None:
+    """Appends a span that goes on behind the last one; where white space made them begin alike, it takes that one's place."""
+    if found and span[1] <= found[-1][1]:
+        return
+    if found and span[0] <= found[-1][0]:
+        found.pop()
+    found.append(span)
 
 
 def _next(first: int, last: int, overlap: int, sentences: npt.NDArray[np.int64], words: npt.NDArray[np.int64]) -> int:

@@ -30,6 +30,10 @@ from llmemb_ray.shards.run import DATA, REJECTS
 from llmemb_ray.storage import RETRIES
 
 
+OWN_COLUMNS = ("n_tokens", "truncated", "prompt_hash", *schema.CHUNK_COLUMNS)
+"""Behind the vector, before the kept columns."""
+
+
 def existing(job: Job, unit: str) -> Commit | None:
     """The commit that stands for a unit, if any."""
     try:
@@ -118,7 +122,7 @@ def _write_shard(
     columns = {name: rows[name] for name in rows.column_names if name != "token_ids"}
     place = list(columns).index("source_row") + 1
     embedding = {"embedding": schema.embedding_column(values, precision.dtype)}
-    ordered = dict(list(columns.items())[:place]) | embedding | {n: columns[n] for n in ("n_tokens", "truncated")} | columns
+    ordered = dict(list(columns.items())[:place]) | embedding | {name: columns[name] for name in OWN_COLUMNS if name in columns} | columns
     data = schema.encode_shard(pa.table(ordered), metadata, vector_bytes=schema.vector_bytes(precision.dimension, precision.dtype))
     path = f"{DATA}/{unit}-{attempt}.parquet"
     job.output.put(path, data)

@@ -2,8 +2,7 @@
 
 Invariant: codes mean the same in the whole run, because their calibration is made once; readers get float32
 vectors through ``Precision.decode`` and never compare codes. Names and bit layout are those of
-sentence-transformers' ``quantize_embeddings``: inside the ranges its int8 codes are ours; outside, where its
-codes wrap around, ours are the nearest.
+sentence-transformers' ``quantize_embeddings`` (6.2): for the same ranges its codes are ours.
 """
 
 from __future__ import annotations
@@ -90,9 +89,8 @@ class Calibration:
 
     @cached_property
     def steps(self) -> Floats:
-        """float32 [D]: width of one int8 code; 1 where the dimension never varied."""
-        width = (self.high - self.low) / np.float32(255)
-        return np.where(width > 0, width, np.float32(1)).astype(np.float32)
+        """float32 [D]: width of one int8 code; 0 where the dimension never varied."""
+        return ((self.high - self.low) / np.float32(255)).astype(np.float32)
 
     def save(self, storage: Storage) -> None:
         storage.put(PATH, json.dumps(self.to_dict()).encode())
@@ -151,10 +149,10 @@ class Precision:
         values: npt.NDArray[Any]
         if self.dtype == "int8":
             calibration = self._calibration
-            scaled = (vectors_ND - calibration.low) / calibration.steps - np.float32(128)
             low, high = vectors_ND < calibration.low, vectors_ND > calibration.high
             clipped = int(np.count_nonzero(low) + np.count_nonzero(high))
-            values = np.clip(scaled, -128, 127).astype(np.int8)
+            steps_from_low = np.floor((vectors_ND - calibration.low) / np.where(calibration.steps > 0, calibration.steps, np.float32(1)))
+            values = (np.clip(steps_from_low, 0, 255) - 128).astype(np.int8)
         elif self.dtype == "ubinary":
             threshold = self._calibration.mean if self.centre else np.float32(0)
             values = np.packbits(vectors_ND > threshold, axis=1)
@@ -170,10 +168,9 @@ class Precision:
             return floats
         if self.dtype == "int8":
             calibration = self._calibration
-            # Codes are cut towards zero, not rounded: the middle of what became a code lies half a step further out.
-            middle = codes.astype(np.float32) + np.sign(codes).astype(np.float32) * np.float32(0.5)
-            vectors = (np.clip(middle, -128, 127) + np.float32(128)) * calibration.steps + calibration.low
-            vectors = np.where(calibration.high > calibration.low, vectors, calibration.low).astype(np.float32)
+            # A code is the whole steps above the low end: what became it lies half a step further up, in the middle.
+            middle = np.minimum(codes.astype(np.float32) + np.float32(128.5), np.float32(255))
+            vectors = middle * calibration.steps + calibration.low
         else:
             bits = np.unpackbits(codes, axis=1, count=self.dimension).astype(np.bool_)
             if self.centre:

@@ -42,7 +42,7 @@ class Run:
     def receipt(self) -> Receipt | None:
         """The accounts; None while the run is not finished, files appended to it included."""
         receipt = Receipt.load(self.storage)
-        return receipt if receipt is not None and receipt.run_key == self.plan.run_key else None
+        return None if receipt is None or receipt.run_key in self.plan.earlier_run_keys else receipt
 
     @cached_property
     def commits(self) -> list[Commit]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.pipeline import attempt, job
+from llmemb_ray.pipeline.making import Isolation
 from llmemb_ray.pipeline.prepare import Prepared
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.schema import metadata_of, vectors_of
@@ -49,7 +50,7 @@ def test_of_attempts_at_the_same_time_one_commit_stands_and_it_is_whole(tmp_path
     (prepared,) = ready.prepared()
     together: Any = Together(ready.embedder(), 3)
     made: list[Commit] = []
-    threads = [threading.Thread(target=lambda: made.append(attempt.run(ready.job, prepared, together))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: made.append(attempt.run(ready.job, prepared, together, ready.workshop()))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -70,9 +71,9 @@ def test_no_attempt_starts_where_a_commit_is_visible(tmp_path: Path, model: Path
     corpus = write(tmp_path / "in" / "a.parquet", sentences(5))
     ready = settled(corpus, tmp_path / "out", model)
     (prepared,) = ready.prepared()
-    first = attempt.run(ready.job, prepared, ready.embedder())
+    first = attempt.run(ready.job, prepared, ready.embedder(), ready.workshop())
     no_embedder: Any = None
-    assert attempt.run(ready.job, prepared, no_embedder) == first
+    assert attempt.run(ready.job, prepared, no_embedder, ready.workshop()) == first
     assert len(list((tmp_path / "out" / "data").iterdir())) == 1
 
 
@@ -83,7 +84,9 @@ def test_a_unit_embedded_range_by_range_has_the_same_vectors_and_rejects_its_poi
     (prepared,) = ready.prepared()
     entered: list[tuple[int, int]] = []
     ranges = [(0, 3), (3, 4), (4, 6), (6, 12)]
-    commit = attempt.run(ready.job, prepared, ready.embedder(), isolation=attempt.Isolation(ranges=ranges, poison=frozenset({3}), entering=entered.append))
+    commit = attempt.run(
+        ready.job, prepared, ready.embedder(), ready.workshop(), isolation=Isolation(ranges=ranges, poison=frozenset({3}), entering=entered.append)
+    )
     assert entered == ranges
     assert (commit.embedded, commit.rejected, commit.reasons) == (11, 1, {"kills_engine": 1})
     job.finish(ready.plan, ready.job.output, time.monotonic())
@@ -124,7 +127,7 @@ TEXTS = ["one text", "ends with #", "another text", "# begins with it", "last te
 def test_a_row_whose_vector_is_unusable_becomes_a_reject(damaged: Callable[[float], Path], tmp_path: Path, value: float, reason: str) -> None:
     """Layer 0 with last pooling is the last token's embedding, so only the row that ends with the token is hit."""
     corpus = write(tmp_path / "in" / "a.parquet", TEXTS, id=["a", "b", "c", "d", "e"])
-    receipt = embed(corpus, tmp_path / "out", damaged(value), prompt="none", layer=0, normalize=False, max_reject_rate=1)
+    receipt = embed(corpus, tmp_path / "out", damaged(value), prompt="none", layer=0, normalize=False, max_reject_rate=1, max_nan=1)
     assert (receipt.rows_embedded, receipt.rejects_by_reason) == (4, {reason: 1})
     (reject,) = rejects_of(tmp_path / "out")
     assert (reject["source_row"], reject["id"], reject["reason"]) == (1, "b", reason)
@@ -136,9 +139,9 @@ def test_a_row_that_is_not_finite_leaves_its_neighbours_as_they_are(damaged: Cal
     """Through all layers, where rows that share a forward pass could touch each other."""
     everything = write(tmp_path / "all" / "a.parquet", TEXTS, id=list(range(5)))
     without = write(tmp_path / "rest" / "a.parquet", [TEXTS[0], TEXTS[2], TEXTS[4]], id=[0, 2, 4])
-    receipt = embed(everything, tmp_path / "out", damaged(float("nan")), prompt="none", pooling="mean")
+    receipt = embed(everything, tmp_path / "out", damaged(float("nan")), prompt="none", pooling="mean", max_nan=2)
     assert receipt.rejects_by_reason == {"not_finite": 2}
-    embed(without, tmp_path / "expected", damaged(float("nan")), prompt="none", pooling="mean")
+    embed(without, tmp_path / "expected", damaged(float("nan")), prompt="none", pooling="mean", max_nan=2)
     found, expected = vectors_by_text_id(tmp_path / "out"), vectors_by_text_id(tmp_path / "expected")
     assert found.keys() == expected.keys()
     assert max(float(np.abs(found[id_] - expected[id_]).max()) for id_ in found) <= 1e-5
@@ -148,7 +151,7 @@ def test_what_float16_cannot_hold_is_rejected_and_never_written_as_infinity(dama
     corpus = write(tmp_path / "in" / "a.parquet", TEXTS)
     settings: dict[str, Any] = {"prompt": "none", "layer": 0, "normalize": False}
     assert embed(corpus, tmp_path / "float32", damaged(1e6), **settings).rows_rejected == 0
-    receipt = embed(corpus, tmp_path / "float16", damaged(1e6), dtype="float16", **settings)
+    receipt = embed(corpus, tmp_path / "float16", damaged(1e6), dtype="float16", max_nan=1, **settings)
     assert receipt.rejects_by_reason == {"not_finite": 1}
     (reject,) = rejects_of(tmp_path / "float16")
     assert reject["source_row"] == 1
@@ -216,7 +219,7 @@ def test_rows_stand_in_source_order_with_kept_columns_and_honest_counts(tmp_path
     run = opened(tmp_path / "out")
     expected = [row for row in range(40) if row != 5]
     table = rows_of(tmp_path / "out")
-    assert table.column_names == ["id", "source_file", "source_row", "embedding", "n_tokens", "truncated", "score", "lang"]
+    assert table.column_names == ["id", "source_file", "source_row", "embedding", "n_tokens", "truncated", "prompt_hash", "score", "lang"]
     assert table["source_row"].to_pylist() == expected
     assert table["source_row"].type == pa.int64()
     assert table["source_file"].to_pylist() == [0] * 39
@@ -234,7 +237,7 @@ def test_rows_stand_in_source_order_with_kept_columns_and_honest_counts(tmp_path
     for commit in run.commits:
         assert commit.shard is not None
         metadata = metadata_of(pq.read_schema(tmp_path / "out" / commit.shard))
-        assert metadata == {"run_key": run.plan.run_key, "space": run.plan.space_digest, "unit": commit.unit, "attempt": commit.attempt}
+        assert metadata == {"run_key": run.plan.run_key, "space": run.plan.space_digest, "unit": commit.unit, "attempt": commit.attempt, "dtype": "float32"}
 
 
 def tokenizer_from(model: Path) -> Any:
@@ -276,6 +279,6 @@ def test_units_that_come_through_an_envelope_give_the_same_shard(tmp_path: Path,
     for ready, way in ((directly, lambda unit: unit), (carried, lambda unit: Prepared.from_envelope(unit.to_envelope()))):
         embedder = ready.embedder()
         for prepared in ready.prepared():
-            attempt.run(ready.job, way(prepared), embedder)
+            attempt.run(ready.job, way(prepared), embedder, ready.workshop())
     assert rows_of(tmp_path / "directly").equals(rows_of(tmp_path / "carried"))
     assert rejects_of(tmp_path / "directly") == rejects_of(tmp_path / "carried")

@@ -316,7 +316,8 @@ def test_a_file_that_changes_during_the_run_fails_its_units_by_name(job: Job, mo
     assert "run the same command again" in message
     monkeypatch.undo()
     with pytest.raises(
-        OutputError, match=rf"the corpus is not the one .*:\n  {changed} changed\nBring the old files back, or embed the new corpus into another output"
+        OutputError,
+        match=rf"the corpus is not the one .*:\n  {changed} changed\nBring the old files back, add new ones with --append, or embed",
     ):
         job.run(rows_per_unit=5)
     shutil.copy2(old, changed)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,7 @@ from llmemb_ray.pipeline import planning
 from llmemb_ray.representation import Representation
 from llmemb_ray.representation.space import digest
 from llmemb_ray.shards.plan import Plan
+from llmemb_ray.shards.precision import Calibration
 from llmemb_ray.storage import Storage
 from tests.small_jobs import Settled, settled, write
 from tests.small_models import make_model
@@ -140,6 +142,11 @@ MATTERS: dict[str, dict[str, Any]] = {
     "filter": {"filter": "other = 'a'"},
     "limit_rows": {"limit_rows": 1},
     "dtype": {"dtype": "float16"},
+    "centre": {"dtype": "ubinary", "centre": True},
+    "calibration": {"dtype": "int8", "calibration": "calibrated"},
+    "chunk_tokens": {"chunk_tokens": 8},
+    "chunk_overlap": {"chunk_tokens": 8, "chunk_overlap": 2},
+    "chunk_pool": {"chunk_tokens": 8, "chunk_pool": "mean"},
     "rows_per_unit": {"rows_per_unit": 1},
 }
 """Settings that decide which vectors are written, or how rows are cut: another value is another run."""
@@ -147,6 +154,10 @@ MATTERS: dict[str, dict[str, Any]] = {
 BASES: dict[str, dict[str, Any]] = {
     "demo": {"prompt": "prompteol-icl", "demo": ["A man is running.=>Run"]},
     "instruction": {"prompt": "e5", "instruction": "Find them"},
+    "centre": {"dtype": "ubinary"},
+    "calibration": {"dtype": "int8"},
+    "chunk_overlap": {"chunk_tokens": 8},
+    "chunk_pool": {"chunk_tokens": 8},
 }
 """What to compare with where a setting only works beside another."""
 
@@ -161,6 +172,13 @@ DOES_NOT: dict[str, Any] = {
     "output": "elsewhere",
     "overwrite": True,
     "skip_bad_files": True,
+    "append": True,
+    "dedup": "exact",
+    "reuse": "somewhere",
+    "max_nan": 3,
+    "deadline": "6h",
+    "max_cost": 10.0,
+    "price": 2.0,
     "max_reject_rate": 0.5,
     "reject_floor": 0,
     "actors": "0",
@@ -171,6 +189,9 @@ DOES_NOT: dict[str, Any] = {
     "window_units": 17,
 }
 """Settings that say where and how fast: changing them between two attempts must not cost what is done."""
+
+ONLY_BESIDE = {"max_cost": {"price": 1.0}}
+"""What such a setting needs beside it."""
 
 REFUSED = {"revision"}
 """Of a local directory; of a hub model it becomes the commit, which is in the space."""
@@ -184,7 +205,9 @@ def run_key(places: dict[str, str], changes: dict[str, Any]) -> str:
     settings = EmbedSettings.make(values)
     spec = settle(settings)
     found, selection = planning.find(settings)
-    return digest(planning.identity(settings, spec, found, selection))
+    vectors = np.eye(4, dtype=np.float32)
+    calibration = Calibration.measure(vectors, "space") if settings.calibration else None
+    return digest(planning.identity(settings, spec, found, selection, calibration))
 
 
 def test_every_setting_is_classified() -> None:
@@ -198,7 +221,7 @@ def test_a_setting_that_matters_makes_another_run(places: dict[str, str], name: 
 
 @pytest.mark.parametrize("name", DOES_NOT)
 def test_a_setting_that_does_not_matter_keeps_the_run(places: dict[str, str], name: str) -> None:
-    assert run_key(places, {name: DOES_NOT[name]}) == run_key(places, {})
+    assert run_key(places, {name: DOES_NOT[name]} | ONLY_BESIDE.get(name, {})) == run_key(places, {})
 
 
 def test_a_revision_of_a_directory_is_refused(places: dict[str, str]) -> None:

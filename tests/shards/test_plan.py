@@ -12,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmemb_ray.errors import OutputError, RunMismatch, StorageError
-from llmemb_ray.shards.plan import FILES, RECORD, Plan
+from llmemb_ray.shards.plan import FILES as FILES_OF
+from llmemb_ray.shards.plan import RECORD, Plan
 from llmemb_ray.storage import Access, Storage
 from tests.faulty_fs import FAULTS
 from tests.shards.small_plan import small_plan
+
+FILES = FILES_OF.format(generation=0)
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_altered_files_are_refused(storage: Storage) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table.set_column(table.column_names.index("rows_per_unit"), "rows_per_unit", pa.array([15, 10, 1])), sink)
     storage.put(FILES, sink.getvalue().to_pybytes())
-    with pytest.raises(OutputError, match=r"_llmemb/plan/files\.parquet was altered"):
+    with pytest.raises(OutputError, match=r"_llmemb/plan/files-0\.parquet was altered"):
         Plan.load(storage)
 
 
@@ -80,9 +83,9 @@ def test_a_record_that_is_no_json_or_of_another_layout_is_refused(storage: Stora
     storage.put(RECORD, b"{half")
     with pytest.raises(OutputError, match=r"plan\.json is not JSON: .*put back the file"):
         Plan.load(storage)
-    for other in (record | {"format": 2}, [], {}):
+    for other in (record | {"format": 1}, [], {}):
         storage.put(RECORD, json.dumps(other).encode())
-        with pytest.raises(OutputError, match=r"was written with layout (2|None); this version of llmemb_ray reads layout 1"):
+        with pytest.raises(OutputError, match=r"was written with layout (1|None); this version of llmemb_ray reads layout 2"):
             Plan.load(storage)
 
 
