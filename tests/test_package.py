@@ -28,6 +28,7 @@ def test_the_public_names_are_these() -> None:
         "Run",
         "__version__",
         "embed",
+        "export",
         "open_run",
         "search",
         "verify",

@@ -29,7 +29,6 @@ from llmemb_ray.shards.receipt import NOT_FINITE
 from llmemb_ray.shards.run import DATA, REJECTS
 from llmemb_ray.storage import RETRIES
 
-
 OWN_COLUMNS = ("n_tokens", "truncated", "prompt_hash", *schema.CHUNK_COLUMNS)
 """Behind the vector, before the kept columns."""
 

@@ -16,7 +16,7 @@ from llmemb_ray.corpus.columns import Selection
 from llmemb_ray.corpus.files import Found
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import OutputError, RunFailed, RunMismatch, RunStopped, UnhealthyVectors
+from llmemb_ray.errors import ConfigError, OutputError, RunFailed, RunMismatch, RunStopped, UnhealthyVectors
 from llmemb_ray.pipeline import planning
 from llmemb_ray.pipeline.limits import Limits
 from llmemb_ray.pipeline.prepare import Job, ReadTask
@@ -97,11 +97,24 @@ def look(settings: EmbedSettings) -> Prospect:
     """Settles the model and lists corpus and output. Raises ConfigError, InputError, ModelError or OutputError."""
     output = Storage(absolute(settings.output), settings.access)
     spec = settle(settings)
+    _check_chunks(settings, spec)
     found, selection = planning.find(settings)
     if not settings.overwrite and not output.exists(PLAN_RECORD):
         _refuse_foreign(output)
     earlier = _other_run(settings.reuse, "reuse", settings) if settings.reuse else None
     return Prospect(output, spec, found, selection, _calibration(settings, spec, earlier), earlier)
+
+
+def _check_chunks(settings: EmbedSettings, spec: EmbedderSpec) -> None:
+    """Raises ConfigError if chunks of the tokens asked for would be cut again to fit their prompts."""
+    if settings.chunk_tokens is None:
+        return
+    template, most = spec.prompter(settings.role).template_tokens, spec.representation.max_tokens
+    assert most is not None
+    if settings.chunk_tokens + template > most:
+        raise ConfigError(
+            f"chunk_tokens: {settings.chunk_tokens} tokens and the template's {template} are more than max_tokens={most}; chunks of {most - template} fit"
+        )
 
 
 def _other_run(url: str, setting: str, settings: EmbedSettings) -> Run:
