@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmemb_ray.errors import ModelError, RunMismatch
+from llmemb_ray.errors import ConfigError, InputError, ModelError, RunMismatch
 from llmemb_ray.representation.representation import Form, Representation
+from llmemb_ray.search import best
 from llmemb_ray.search.exact import Hit, load_embedder, search, search_vectors
 from llmemb_ray.shards import commits, schema
 from llmemb_ray.shards.run import Run
 from llmemb_ray.storage import Storage
 from tests.shards.small_plan import commit_of, small_plan
 from tests.small_jobs import embed, opened, write
-from tests.small_models import make_model
+from tests.small_models import SENTENCES, make_model
 
 
 def made_run(directory: Path, vectors_ND: np.ndarray, monkeypatch: pytest.MonkeyPatch, *, group_rows: int = 7) -> Run:
@@ -81,6 +82,47 @@ def test_equal_scores_stand_in_the_order_of_the_corpus(tmp_path: Path, monkeypat
         assert places(hits) == brute_force(vectors, query, top_k)
 
 
+@pytest.mark.parametrize("top_k", [3, 40])
+def test_many_queries_and_blocks_give_what_one_query_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: int) -> None:
+    """Blocks of 5 vectors and 3 queries: their borders cross those of row groups and shards."""
+    random = np.random.default_rng(11)
+    vectors, queries = random.standard_normal((55, 4)).astype(np.float32), random.standard_normal((10, 4)).astype(np.float32)
+    run = made_run(tmp_path, vectors, monkeypatch, group_rows=8)
+    alone = [search_vectors(run, queries[number : number + 1], top_k=top_k)[0] for number in range(10)]
+    monkeypatch.setattr(best, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(best, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(best, "PAIR_VALUES", 8)
+    assert search_vectors(run, queries, top_k=top_k) == alone, "to the last bit of the scores"
+
+
+def test_scores_that_float32_cannot_tell_apart_stand_in_their_true_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row's product differs by 2^-40, far below what a float32 sum of terms near 1 can show."""
+    vectors = np.zeros((55, 4), np.float32)
+    vectors[:, :2] = 1, -1
+    vectors[:, 2] = np.random.default_rng(2).permutation(55) * 2.0**-40
+    vectors[:, 3] = 1
+    run = made_run(tmp_path, vectors, monkeypatch)
+    (hits,) = search_vectors(run, np.ones((1, 4), np.float32), top_k=20)
+    assert places(hits) == brute_force(vectors, np.ones(4), 20)
+    assert len({hit.score for hit in hits}) == 20
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5), (1, 2, 4)])
+def test_queries_of_another_dimension_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    run = made_run(tmp_path, np.zeros((55, 4)), monkeypatch)
+    with pytest.raises(ConfigError, match="4 dimensions"):
+        search_vectors(run, np.zeros(shape, np.float32), top_k=1)
+
+
+def test_queries_that_are_not_finite_and_no_results_at_all_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made_run(tmp_path, np.zeros((55, 4)), monkeypatch)
+    with pytest.raises(ConfigError, match="number 1 has values that are not finite"):
+        search_vectors(run, np.array([[0, 0, 0, 0], [0, np.nan, 0, 0]], np.float32), top_k=1)
+    with pytest.raises(ConfigError, match="top_k"):
+        search_vectors(run, np.zeros((1, 4), np.float32), top_k=0)
+    assert search_vectors(run, np.zeros((0, 4), np.float32), top_k=3) == []
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     root = tmp_path_factory.mktemp("library")
@@ -98,8 +140,49 @@ def test_a_run_without_ids_is_searched_by_file_and_row(library: Path) -> None:
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_an_empty_query_is_refused_by_its_number(library: Path, text: str) -> None:
+    with pytest.raises(InputError, match="query 1 is empty"):
+        search(opened(library / "out"), ["snow", text])
+
+
+def test_no_query_has_no_result(library: Path) -> None:
+    assert search(opened(library / "out"), []) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "ubinary"])
+def test_codes_are_compared_as_the_vectors_they_stand_for(tmp_path: Path, model: Path, dtype: str) -> None:
+    texts = [f"{sentence} {number}" for number in range(4) for sentence in SENTENCES]
+    corpus = write(tmp_path / "in" / "a.parquet", texts, id=list(range(len(texts))))
+    embed(corpus, tmp_path / "out", model, dtype=dtype)
+    run = opened(tmp_path / "out")
+    embedder = load_embedder(run)
+    stored = np.concatenate([run.precision.decode(table["embedding"]) for _, table in run.shards(["embedding"])])
+    query = embedder.encode(["What is this?"], role="query")[0]
+    (hits,) = search(run, ["What is this?"], embedder=embedder, top_k=7)
+    assert [hit.id for hit in hits] == np.argsort(-(stored.astype(np.float64) @ query), kind="stable")[:7].tolist()
+
+
+def test_a_chunk_is_found_with_its_place_in_the_text(tmp_path: Path, model: Path) -> None:
+    text = "Snow fell all night. " * 10 + "A man plays a guitar on the beach. " + "The market fell again. " * 10
+    corpus = write(tmp_path / "in" / "a.parquet", ["short", text], id=["s", "long"])
+    embed(corpus, tmp_path / "out", model, prompt="none", pooling="mean", chunk_tokens=40)
+    run = opened(tmp_path / "out")
+    (hits,) = search(run, ["A man plays a guitar on the beach."], top_k=500)
+    assert len(hits) == sum(commit.vectors for commit in run.commits) > 3
+    assert [hit.chunk for hit in sorted((hit for hit in hits if hit.id == "long"), key=lambda hit: hit.chunk_start or 0)] == list(range(len(hits) - 1))
+    assert (hits[0].id, hits[0].source_row) == ("long", 1)
+    assert "guitar" in text[hits[0].chunk_start : hits[0].chunk_end]
+
+
+def test_a_run_without_vectors_has_no_hits(tmp_path: Path, model: Path) -> None:
+    embed(write(tmp_path / "in" / "a.parquet", [None, ""], id=["a", "b"]), tmp_path / "out", model, max_reject_rate=1.0)
+    assert search(opened(tmp_path / "out"), ["x"], top_k=3) == [[]]
+
+
 def test_a_hit_is_plain_data() -> None:
-    assert Hit(score=0.5, id=7, source_file=0, source_row=3).to_dict() == {"score": 0.5, "id": 7, "source_file": 0, "source_row": 3}
+    place = {"score": 0.5, "id": 7, "source_file": 0, "source_row": 3}
+    assert Hit(**place).to_dict() == place | {"chunk": None, "chunk_start": None, "chunk_end": None}
 
 
 def test_a_query_is_embedded_as_a_query(tmp_path: Path, model: Path) -> None:
