@@ -52,6 +52,9 @@ ACTOR_INIT_DEATHS = 20
 
 REPORT_SECONDS = 1.0
 
+DRAIN_SECONDS = 15.0
+"""How long units that were read but not begun may take to leave a graph that stops, before it is cut off."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -126,9 +129,14 @@ def _gpu_shape(nodes: list[dict[str, float]], gpus: float, wanted: tuple[int, in
     return Shape(least=least, most=most, gpus=gpus, cpus=round(min([1.0, *cores]), 3), threads=None)
 
 
-def read_and_tokenize(batch: pa.Table, job: Any) -> Iterator[pa.Table]:
-    """The reading operator: a reading task in, envelopes out, one for each unit. job: reference to a Job."""
+def read_and_tokenize(batch: pa.Table, job: Any, ledger: Any) -> Iterator[pa.Table]:
+    """The reading operator: a reading task in, envelopes out, one for each unit; none any more when the job stops.
+
+    job: reference to a Job; ledger: actor handle.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if ray.get(ledger.stopping.remote()):
+        return
     settled: Job = ray.get(job)
     for text in batch.column("task").to_pylist():
         for prepared in prepare(settled, ReadTask.from_json(text)):
@@ -215,7 +223,7 @@ def build(tasks: list[ReadTask], job: Any, ledger: Any, shape: Shape) -> Dataset
     source = ray.data.from_arrow([pa.table({"task": [task.to_json()]}) for task in tasks])
     return source.map_batches(
         read_and_tokenize,
-        fn_kwargs={"job": job},
+        fn_kwargs={"job": job, "ledger": ledger},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=READ_CPUS,
@@ -237,6 +245,7 @@ class Execution:
         self._job = ray.put(job)
         self._shape = shape
         self._stopping = False
+        self._idle_since = 0.0
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(settings.max_attempts)
 
@@ -251,7 +260,7 @@ class Execution:
                     commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
                     if commit is not None or row["error"] is not None:
                         yield row["unit"], commit, row["error"]
-                    if self._stopping and not ray.get(self.ledger.at_work.remote()):
+                    if self._drained_for_long():
                         return
         except (ray.exceptions.RayError, RuntimeError) as error:
             raise RunFailed(f"the job stopped: {_cause(error)}; what was committed stands, the same command continues") from error
@@ -260,6 +269,13 @@ class Execution:
         """Begins no more units; those begun are still finished."""
         ray.get(self.ledger.stop.remote())
         self._stopping = True
+
+    def _drained_for_long(self) -> bool:
+        """Whether the job stops, no unit is being worked on, and what was read already still comes through after a while."""
+        if not self._stopping or ray.get(self.ledger.at_work.remote()):
+            return False
+        self._idle_since = self._idle_since or time.monotonic()
+        return time.monotonic() - self._idle_since > DRAIN_SECONDS
 
     def live(self) -> tuple[int, int, int]:
         """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""

@@ -98,6 +98,8 @@ def look(settings: EmbedSettings) -> Prospect:
     output = Storage(absolute(settings.output), settings.access)
     spec = settle(settings)
     _check_chunks(settings, spec)
+    if settings.dtype == "ubinary" and spec.dimension % 8:
+        raise ConfigError(f"ubinary: {spec.dimension} dimensions are no whole number of bytes; keep {spec.dimension // 8 * 8} with dimensions")
     found, selection = planning.find(settings)
     if not settings.overwrite and not output.exists(PLAN_RECORD):
         _refuse_foreign(output)

@@ -53,6 +53,9 @@ class Ledger:
         """No unit is begun from now on."""
         self._stopping = True
 
+    def stopping(self) -> bool:
+        return self._stopping
+
     def may_begin(self, unit: str) -> bool:
         """Whether a unit may still be begun; one that may counts as being worked on until ``done`` or ``failed``."""
         if self._stopping:

@@ -144,13 +144,13 @@ class Precision:
         return {"dtype": self.dtype, "calibration": self.calibration.digest, "ranges_float32": data}
 
     def encode(self, vectors_ND: Floats) -> tuple[npt.NDArray[Any], int]:
-        """(values as they are stored, values that lay outside the ranges and were clipped)."""
+        """(values as they are stored, how many of them lay outside the ranges by more than a code's own error)."""
         clipped = 0
         values: npt.NDArray[Any]
         if self.dtype == "int8":
             calibration = self._calibration
-            low, high = vectors_ND < calibration.low, vectors_ND > calibration.high
-            clipped = int(np.count_nonzero(low) + np.count_nonzero(high))
+            half = calibration.steps / 2
+            clipped = int(np.count_nonzero(vectors_ND < calibration.low - half) + np.count_nonzero(vectors_ND > calibration.high + half))
             steps_from_low = np.floor((vectors_ND - calibration.low) / np.where(calibration.steps > 0, calibration.steps, np.float32(1)))
             values = (np.clip(steps_from_low, 0, 255) - 128).astype(np.int8)
         elif self.dtype == "ubinary":

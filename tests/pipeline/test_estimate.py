@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from llmemb_ray.config import PlanSettings
-from llmemb_ray.errors import ConfigError, InputError, OutputError
+from llmemb_ray.errors import ConfigError, InputError, NotFound, OutputError
 from llmemb_ray.pipeline import costs, estimate_text
 from llmemb_ray.pipeline.estimate import PATH, Estimate, preview
 from llmemb_ray.storage import Storage
-from tests.small_jobs import embed, opened, write
+from tests.small_jobs import embed, write
 from tests.small_models import SENTENCES, config_of, make_model, tokenizer_of
 
 LONG_PROMPT = "Read the sentence below with care and say in a single word what it is mostly about. {text} The word is"
@@ -74,7 +74,7 @@ def test_output_sizes_are_those_of_the_shards(tmp_path: Path, model: Path, dtype
     texts = texts_of(3000, words=4)
     corpus = write(tmp_path / "in" / "a.parquet", texts, id=[f"https://example.org/pages/{row}" for row in range(3000)], row_group_size=700).parent
     settings = {"dtype": dtype, "keep_columns": ["text"], "rows_per_unit": 1500}
-    seen = preview(settings_of(corpus, model, **settings, sample_rows=600))
+    seen = preview(settings_of(corpus, model, **settings))
     receipt = embed(corpus, tmp_path / "run", model, **settings)
     assert seen.shard_bytes == pytest.approx(receipt.shard_bytes, rel=0.1)
     assert seen.shard_bytes_by[dtype] == seen.shard_bytes
@@ -87,9 +87,9 @@ def test_a_sample_tells_the_tokens_of_the_corpus_within_its_margin(tmp_path: Pat
         generator = np.random.default_rng(number)
         for file in range(8):  # files differ in the length of their texts, as crawls do
             words = int(generator.integers(3, 60))
-            write(tmp_path / f"in-{number}" / f"{file}.parquet", texts_of(1500 + 10 * number + file, words=words), row_group_size=100)
+            write(tmp_path / f"in-{number}" / f"{file}.parquet", texts_of(1000 + 10 * number + file, words=words), row_group_size=100)
         corpus = tmp_path / f"in-{number}"
-        seen = preview(settings_of(corpus, model, sample_rows=800, max_tokens=64))
+        seen = preview(settings_of(corpus, model, sample_rows=640, max_tokens=64))
         whole = preview(settings_of(corpus, model, sample_rows=10**6, max_tokens=64))
         assert (seen.sample_rows < 1000, whole.sample_rows, seen.rows) == (True, whole.rows, whole.rows)
         assert 0 < seen.tokens_margin < 0.4 * whole.tokens
@@ -147,13 +147,19 @@ def test_a_template_too_short_for_a_block_is_told(model: Path, corpus: Path) -> 
     assert any("fills no block of 16" in note for note in seen.notes)
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("opt", {}), ("gpt2", {}), ("qwen3", {}), ("gemma", {}), ("phi", {})])
-def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+def test_an_architecture_that_runs_padded_shares_nothing_and_is_told(tmp_path: Path, corpus: Path) -> None:
+    seen = preview(settings_of(corpus, make_model(tmp_path / "bloom", "bloom")))
+    assert (seen.tokens_shared, seen.tokens_computed) == (0, seen.tokens)
+    assert any("runs bloom as padded batches" in note for note in seen.notes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "qwen3", "gemma", "phi"])
+def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: str) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModel, AutoTokenizer
 
-    model = make_model(tmp_path / "model", kind, **changes)
+    model = make_model(tmp_path / "model", kind)
     texts = texts_of(12, words=25)
     seen = preview(settings_of(write(tmp_path / "in" / "a.parquet", texts).parent, model, prompt="none"))
     assert seen.tokens_shared == 0
@@ -165,9 +171,10 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: str, chang
             loaded(input_ids=ids, use_cache=False)
         counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
         batched = sum(count for name, count in counts.items() if "bmm" in name)
+        # The angles of rotary positions are a product too, of each position with half a head's frequencies.
         rotary = 2 * ids.shape[1] * (getattr(loaded.config, "head_dim", None) or 8) // 2 if kind not in ("opt", "gpt2") else 0
         products += sum(counts.values()) - batched
-        attention += (batched - rotary) * (ids.shape[1] + 1) / (2 * ids.shape[1])  # Of the square that it counts, a causal kernel computes half.
+        attention += (batched - rotary) * (ids.shape[1] + 1) / (2 * ids.shape[1])  # It counts the square, of which causal attention needs half.
     assert seen.flops - seen.flops_attention == pytest.approx(products, rel=0.02)
     assert seen.flops_attention == pytest.approx(attention, rel=0.02)
 
@@ -217,11 +224,13 @@ def test_a_throughput_and_a_price_given_win_over_the_table(model: Path, corpus: 
     tokens = preview(settings_of(corpus, model)).tokens
     assert line.gpu_hours == pytest.approx((tokens / 100 / 3600,) * 2)
     assert line.cost == pytest.approx((tokens / 100 / 1000,) * 2)
+    assert line.tokens_per_s == pytest.approx((100, 100))
     (line,) = preview(settings_of(corpus, model, throughput=100)).hours
     assert (line.price, line.cost) == (None, None)
     (named,) = preview(settings_of(corpus, model, gpu="l4", utilization="0.5")).hours
-    assert (named.gpu, named.price, named.gpu_hours[0]) == ("L4", 0.8, named.gpu_hours[1])
+    assert (named.gpu, named.price, named.currency, named.gpu_hours[0]) == ("L4", 0.8, "USD", named.gpu_hours[1])
     (priced,) = preview(settings_of(corpus, model, gpu="L4", utilization="0.5", price=8)).hours
+    assert priced.currency is None
     assert priced.cost == pytest.approx(tuple(8 * hour for hour in named.gpu_hours))
 
 
@@ -262,7 +271,7 @@ def test_a_plan_needs_no_weights_starts_no_ray_and_touches_no_output(tmp_path: P
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "0 False"
     seen = Estimate.from_dict(json.loads(done.stdout))
-    assert seen.template == "Instruct: Find it\nQuery: {text}" or seen.template == "{text}"
+    assert seen.template == "Instruct: Find it\nQuery: {text}"
     assert {entry.path: entry.version for entry in Storage(str(output)).list()} == before
 
 
@@ -284,7 +293,7 @@ def test_the_text_shows_the_figures(model: Path, corpus: Path) -> None:
     for words in (
         "files    3",
         "rows     120",
-        f"{seen.tokens:,} tokens",
+        f"{seen.tokens:,} tokens in {seen.prompts:,} prompts",
         "2 (1 empty, 1 null in the sample)",
         "with 3 actors",
         *(line.gpu or "" for line in seen.hours),
@@ -309,7 +318,7 @@ def test_the_plan_refuses_what_the_run_would_refuse(tmp_path: Path, model: Path,
         preview(settings_of(tmp_path / "in", model))
     seen = preview(settings_of(tmp_path / "in", model, skip_bad_files=True))
     assert (seen.bad_files, any("1 files cannot be read" in note for note in seen.notes)) == (1, True)
-    with pytest.raises(InputError, match="nowhere"):
+    with pytest.raises(NotFound, match="nowhere"):
         preview(settings_of(tmp_path / "nowhere.parquet", model))
     with pytest.raises(ConfigError, match="H100, H200, B200"):
         preview(settings_of(corpus, model, gpu="RTX 9090"))

@@ -33,8 +33,8 @@ HOSTILE = [
 
 
 def made_run(directory: Path, vectors_ND: np.ndarray, *, normalize: bool = False, prompts: list[int] | None = None, **changes: Any) -> Run:
-    """A run of the small plan whose 55 vectors are given; of its six units each has a host, a time and tokens of its own."""
-    dimension = vectors_ND.shape[1]
+    """A run of the small plan whose 55 vectors are given; of its seven units each has a host, a time and tokens of its own."""
+    dimension = changes.pop("dimension", vectors_ND.shape[1])
     storage = Storage(str(directory))
     representation = Representation(normalize=normalize)
     plan = small_plan(dimension=dimension, **changes)

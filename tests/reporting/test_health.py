@@ -127,14 +127,11 @@ def test_a_dead_bit_is_found_and_codes_that_never_change_too(tmp_path: Path) -> 
 
 
 def health_of_codes(directory: Path, codes: np.ndarray, dtype: str, calibration: Calibration | None = None) -> Health:
-    """Of 16 dimensions as codes of 16 or 2 bytes; the small plan's dimension is set after its shards are written."""
-    from dataclasses import replace
-
-    run = made_run(directory, codes, dtype=dtype)
-    replace(run.plan, dimension=16).save(run.storage)
+    """Of 16 dimensions, as codes of 16 bytes or bits in 2."""
+    run = made_run(directory, codes, dtype=dtype, dimension=16)
     if calibration is not None:
         calibration.save(run.storage)
-    return facts_of(directory, with_text=False).health
+    return facts_of(run, with_text=False).health
 
 
 def test_too_few_vectors_are_not_judged_by_their_dimensions(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from llmemb_ray.errors import ConfigError, InputError, NotFound
 from llmemb_ray.search.queries import Queries, read_queries
-from llmemb_ray.storage import Access
+from llmemb_ray.storage import Storage
+from tests.s3_server import S3Server
 
 TEXTS = ["snow in winter", 'she said "yes", twice', "数据科学"]
 IDS = ["007", "b", "c"]
@@ -86,9 +87,6 @@ def test_a_file_that_is_not_there_and_columns_of_a_text_file(tmp_path: Path) -> 
         read_queries(str(tmp_path / "q.txt"), query_column="query")
 
 
-def test_queries_may_lie_in_object_storage(s3: Any) -> None:
-    storage = s3.storage("queries") if hasattr(s3, "storage") else None
-    if storage is None:
-        pytest.skip("see tests/s3_server.py")
-    storage.put("q.jsonl", b'{"query": "a"}\n')
-    assert read_queries(storage.url + "/q.jsonl", storage.access) == Queries(["a"])
+def test_queries_may_lie_in_object_storage(s3: S3Server) -> None:
+    Storage(s3.url("in"), s3.access()).put("q.jsonl", b'{"query": "a"}\n')
+    assert read_queries(s3.url("in/q.jsonl"), s3.access()) == Queries(["a"])
