@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import typing
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import rich_click as click
 
 from llmemb_ray import __version__, config
-from llmemb_ray.config import EmbedSettings, SearchSettings, StorageSettings, VerifySettings
+from llmemb_ray.config import EmbedSettings, ExportSettings, PlanSettings, ReportSettings, SearchSettings, StorageSettings, VerifySettings
 from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError
 from llmemb_ray.options import command
 
@@ -49,13 +50,16 @@ def embed(settings: EmbedSettings, as_json: bool) -> None:
     _print_receipt(receipt, settings.output, as_json)
 
 
-@command(llmemb, "plan", EmbedSettings)
-def plan(settings: EmbedSettings, as_json: bool) -> None:
-    """Show what embed would do: files, rows, units, sizes. Loads no weights, starts no Ray, writes nothing."""
-    from llmemb_ray.pipeline import preview
+@command(llmemb, "plan", PlanSettings)
+def plan(settings: PlanSettings, as_json: bool) -> None:
+    """Show what embed would do and cost: rows, tokens, units, sizes, GPU hours. Loads no weights, starts no Ray, writes nothing.
 
-    summary = preview.preview(settings)
-    _print_table(summary, as_json)
+    Reads footers and a sample of rows, and plans the input as a new run. Every figure is an estimate; its assumptions are printed.
+    """
+    from llmemb_ray.pipeline import estimate, estimate_text
+
+    made = estimate.preview(settings)
+    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else estimate_text.text(made))
 
 
 @command(llmemb, "status", RunSettings)
@@ -107,23 +111,63 @@ def verify(settings: VerifySettings, as_json: bool) -> None:
 
 @command(llmemb, "search", SearchSettings)
 def search(settings: SearchSettings, as_json: bool) -> None:
-    """Find the rows of RUN whose vectors are closest to each TEXT."""
-    from llmemb_ray.search.exact import load_embedder
-    from llmemb_ray.search.exact import search as find
+    """Find the rows of RUN whose vectors are closest to each TEXT, or to each query of a file."""
+    from llmemb_ray.search import exact, show
+    from llmemb_ray.search.job import find
+
+    found = find(settings)
+    if found.output is not None:
+        missing: Counter[str] | None = show.write_parquet(found.run, found.queries, found.table, found.output, text=not settings.no_text)
+        lines: dict[str, Any] = {"queries": len(found.queries.texts), "results": found.table.num_rows, "out": settings.out}
+        _print_table(lines, as_json)
+    else:
+        texts, missing = (None, None) if settings.no_text else show.texts_of(found.run, exact.hits(found.table))
+        by_query = exact.hits_of(found.table, len(found.queries.texts))
+        if as_json:
+            click.echo(json.dumps(show.to_json(found.run, found.queries, by_query, texts), indent=1, default=str, ensure_ascii=False))
+        else:
+            for line in show.lines(found.queries, by_query, texts):
+                click.echo(line)
+    for note in show.notes(found.run, missing, found.table.num_rows):
+        click.echo(f"note: {note}", err=True)
+
+
+@command(llmemb, "export", ExportSettings)
+def export(settings: ExportSettings, as_json: bool) -> None:
+    """Write the vectors of RUN with their ids into DEST, in the form of another program."""
+    from llmemb_ray.shards.export import export as write
     from llmemb_ray.shards.run import Run
     from llmemb_ray.storage import Storage, absolute
 
     run = Run(Storage(absolute(settings.run), settings.access))
-    results = find(run, settings.text, top_k=settings.top_k, embedder=load_embedder(run, settings.access, model=settings.model))
+    chosen = {name: getattr(settings, name) for name in ("dtype", "raw", "faiss_factory", "overwrite", "allow_unfinished")}
+    exported = write(run, settings.dest, to=settings.to, progress=not as_json, **chosen)
     if as_json:
-        rows = [{"query": text, "hits": [hit.to_dict() for hit in hits]} for text, hits in zip(settings.text, results, strict=True)]
-        click.echo(json.dumps(rows, indent=1, default=str))
+        click.echo(json.dumps(exported.to_dict(), indent=1))
         return
-    for text, hits in zip(settings.text, results, strict=True):
-        click.echo(text)
-        for hit in hits:
-            name = hit.id if hit.id is not None else f"file {hit.source_file} row {hit.source_row}"
-            click.echo(f"  {hit.score:.4f}  {name}")
+    click.echo(f"{exported.rows:,} vectors of {exported.dimension} dimensions as {exported.dtype}, {exported.bytes / 1e6:,.1f} MB in {exported.dest}")
+    if not exported.finished:
+        click.echo("note: the run is not finished; what is committed now is exported", err=True)
+    click.echo(f"to load it: {exported.how_to_load}")
+
+
+@command(llmemb, "report", ReportSettings)
+def report(settings: ReportSettings, as_json: bool) -> None:
+    """Write one HTML page about RUN: accounts, throughput, tokens, rejects, health of the vectors, and a map of a sample."""
+    from llmemb_ray.reporting.report import report as write
+
+    facts = write(settings)
+    if as_json:
+        click.echo(json.dumps({"page": settings.out} | facts.to_dict(), indent=1))
+        return
+    if facts.state != "finished":
+        click.echo(f"note: the run is {facts.state}; the page is of {facts.units_committed:,} of {facts.units:,} units")
+    click.echo(_accounts(facts.accounts))
+    for finding in facts.health.findings:
+        click.echo(f"{'look' if finding.well is False else '    '}  {finding.name}: {finding.value}" + (f". {finding.says}" if finding.well is False else ""))
+    for reason in facts.texts_missing:
+        click.echo(f"note: texts could not be read back: {reason}")
+    click.echo(f"{settings.out} is the page; open it in a browser")
 
 
 @llmemb.command("demo")
@@ -155,6 +199,15 @@ def _print_receipt(receipt: Receipt, output: str, as_json: bool) -> None:
         f"{data['units']:,} units, {data['dimension']} dimensions of {data['dtype']}, {data['shard_bytes'] / 1e6:,.1f} MB; "
         f"{data['tokens_computed']:,} tokens computed{shared}, {padding:.1%} padding; {data['truncated']:,} texts cut"
     )
+    if data["vectors"] != data["rows_embedded"]:
+        click.echo(f"{data['vectors']:,} vectors, one for each chunk")
+    if data["copied"] or data["reused"]:
+        saved = data["tokens_copied"] / max(1, data["tokens"])
+        click.echo(f"not embedded again: {data['copied']:,} identical prompts, {data['reused']:,} prompts of an earlier run ({saved:.1%} of the tokens)")
+    if data["reuse"].get("deleted"):
+        click.echo(f"{data['reuse']['deleted']:,} rows of {data['reuse']['run']} are no longer in the corpus: {output}/{data['reuse']['list']}")
+    if data["clipped_share"]:
+        click.echo(f"{data['clipped_share']:.3%} of the values lay outside the calibration's ranges and were clipped")
     for url, problem in data["bad_files"].items():
         click.echo(f"left out: {url} {problem}")
     if data["null_ids"]:

@@ -207,7 +207,7 @@ class Storage:
         return posixpath.join(self.root, path) if path else self.root
 
     def display(self, path: str) -> str:
-        return posixpath.join(self.url.rstrip("/"), path) if path else self.url
+        return f"{self.url.rstrip('/')}/{path}" if path else self.url
 
     def attempt(self, what: str, path: str, call: Callable[[], T]) -> T:
         """Runs one storage operation with retries; turns its last error into a ``StorageError``."""

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmemb_ray.errors import InputError, StorageError
+from llmemb_ray.errors import InputError, NotFound, StorageError
 from llmemb_ray.storage import LIST_THREADS, Access, Storage, absolute, locate, redact
 
 ENDINGS = (".parquet", ".pq", ".parq")
@@ -57,7 +57,10 @@ def discover(inputs: list[str], access: Access) -> list[Found]:
     found: dict[str, Found] = {}
     for given in inputs:
         url = absolute(given)
-        entries = _expand(url, access)
+        try:
+            entries = _expand(url, access)
+        except NotFound as error:
+            raise InputError(f"input {redact(given)}: {error}; check the path") from error
         if not entries:
             raise InputError(f"input {redact(given)}: no Parquet files there (files named {', '.join('*' + ending for ending in ENDINGS)})")
         for entry in entries:

@@ -16,8 +16,8 @@ from llmemb_ray.corpus.columns import Selection
 from llmemb_ray.corpus.files import Found
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import ConfigError, OutputError, RunFailed, RunMismatch, RunStopped, UnhealthyVectors
-from llmemb_ray.pipeline import planning
+from llmemb_ray.errors import ConfigError, LlmembError, OutputError, RunFailed, RunMismatch, RunStopped, UnhealthyVectors
+from llmemb_ray.pipeline import estimate, planning
 from llmemb_ray.pipeline.limits import Limits
 from llmemb_ray.pipeline.prepare import Job, ReadTask
 from llmemb_ray.pipeline.progress import Counts, Reporter
@@ -156,6 +156,7 @@ def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, repor
         if plan is None:
             plan = planning.make_plan(settings, spec, found, prospect.selection, **sizing)
             plan.save(output)
+            _save_estimate(settings, spec, plan, output, reporter)
         elif settings.append:
             plan = _append(plan, settings, spec, prospect, sizing, reporter)
         else:
@@ -173,6 +174,14 @@ def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, repor
     receipt.check_health(settings.max_nan, output.url)
     receipt.check_rejects(settings.max_reject_rate, settings.reject_floor, output.url)
     return receipt
+
+
+def _save_estimate(settings: EmbedSettings, spec: EmbedderSpec, plan: Plan, output: Storage, reporter: Reporter) -> None:
+    """Keeps what the run is expected to be, for the report to compare; a corpus that cannot be sampled is still embedded."""
+    try:
+        estimate.estimate(settings, spec, plan).save(output)
+    except LlmembError as error:
+        reporter.say(f"note: no estimate is kept with the run: {error}")
 
 
 def _append(plan: Plan, settings: EmbedSettings, spec: EmbedderSpec, prospect: Prospect, sizing: dict[str, Any], reporter: Reporter) -> Plan:

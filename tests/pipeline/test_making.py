@@ -221,3 +221,11 @@ def test_an_earlier_run_in_object_storage_serves_one_beside_it(s3: S3Server, cha
     llmemb_ray.embed(str(tmp_path / "old"), s3.url("first"), model=str(model), actors="0", quiet=True, **access)
     receipt = llmemb_ray.embed(str(changed), s3.url("second"), model=str(model), actors="0", quiet=True, reuse=s3.url("first"), **access)
     assert (receipt.reused, receipt.reuse["deleted"]) == (22, 5)
+
+
+def test_on_ray_vectors_are_copied_by_several_actors(earlier: Path, changed: Path, tmp_path: Path, model: Path) -> None:
+    receipt = embed(changed, tmp_path / "out", model, reuse=str(earlier), dedup="exact", rows_per_unit=8, actors="2", cpus_per_actor=1)
+    assert (receipt.rows_embedded, receipt.reused, receipt.reuse["deleted"]) == (29, 22, 5)
+    embed(changed, tmp_path / "plain", model)
+    found, plain = vectors_by_text_id(tmp_path / "out"), vectors_by_text_id(tmp_path / "plain")
+    assert max(float(np.abs(found[id_] - plain[id_]).max()) for id_ in plain) <= 1e-5
