@@ -26,7 +26,14 @@ Exit codes: 0 done and the accounts balance · 1 failed · 2 bad usage, configur
 (`ray job submit` itself exits 1 for any failed job.)
 """
 
-SETTINGS = {"embed": config.EmbedSettings, "plan": config.EmbedSettings, "verify": config.VerifySettings, "search": config.SearchSettings}
+SETTINGS = {
+    "embed": config.EmbedSettings,
+    "plan": config.PlanSettings,
+    "verify": config.VerifySettings,
+    "search": config.SearchSettings,
+    "export": config.ExportSettings,
+    "report": config.ReportSettings,
+}
 
 
 def reference() -> str:
@@ -39,12 +46,11 @@ def reference() -> str:
         usage = " ".join(["llmemb", name, *command.collect_usage_pieces(cli.click.Context(command))])
         parts.append(f"\n## llmemb {name}\n\n{(command.help or '').strip()}\n\n`{usage}`\n")
         if name == "plan":
-            parts.append("\nTakes the options of `llmemb embed`.\n")
-            continue
+            parts.append("\nTakes the options of `llmemb embed`, and of its own:\n")
         panels = _panels(name)
         rows: dict[str, list[str]] = {}
         for parameter in command.params:
-            if isinstance(parameter, cli.click.Option):
+            if isinstance(parameter, cli.click.Option) and not (name == "plan" and parameter.name in config.EmbedSettings.model_fields):
                 flags = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
                 choices = getattr(parameter.type, "choices", None)
                 value = " " + " / ".join(choices) if choices else ""

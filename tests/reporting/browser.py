@@ -100,11 +100,12 @@ def chromium(profile: Path) -> Iterator[Browser]:
     session: aiohttp.ClientSession | None = None
     try:
         until = time.monotonic() + START_SECONDS
-        while not (profile / "DevToolsActivePort").exists():
+        told = profile / "DevToolsActivePort"
+        while not (told.exists() and len(told.read_text().split()) == 2):
             assert process.poll() is None, "chromium ended at once"
             assert time.monotonic() < until, "chromium did not start"
             time.sleep(0.1)
-        port = (profile / "DevToolsActivePort").read_text().split()[0]
+        port = told.read_text().split()[0]
 
         async def connect() -> tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse]:
             own = aiohttp.ClientSession(trust_env=False)

@@ -203,6 +203,7 @@ def test_source_files_that_are_not_what_they_were_leave_their_texts_out_with_a_r
 
 def test_the_estimate_stands_beside_the_actual_for_the_numbers_that_both_have(tmp_path: Path, model: Path, corpus: Path) -> None:
     receipt = embed(corpus, tmp_path / "out", model)
+    (tmp_path / "out" / ESTIMATE).unlink(missing_ok=True)
     assert facts_of(tmp_path / "out").estimate == []
     said = {
         "tokens": receipt.tokens * 2,
