@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmemb_ray.pipeline.stage import EmbedStage
     from llmemb_ray.representation.representation import Representation
     from llmemb_ray.search.exact import search
+    from llmemb_ray.shards.export import export
     from llmemb_ray.shards.receipt import Receipt
     from llmemb_ray.shards.run import Run, open_run
     from llmemb_ray.shards.verify import verify
@@ -35,12 +36,13 @@ _PLACES = {
     "Representation": "llmemb_ray.representation.representation",
     "Run": "llmemb_ray.shards.run",
     "embed": "llmemb_ray.pipeline.job",
+    "export": "llmemb_ray.shards.export",
     "open_run": "llmemb_ray.shards.run",
     "search": "llmemb_ray.search.exact",
     "verify": "llmemb_ray.shards.verify",
 }
 
-__all__ = ["EmbedStage", "Embedder", "LlmembError", "Receipt", "Representation", "Run", "__version__", "embed", "open_run", "search", "verify"]
+__all__ = ["EmbedStage", "Embedder", "LlmembError", "Receipt", "Representation", "Run", "__version__", "embed", "export", "open_run", "search", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -199,13 +199,84 @@ class EmbedSettings(ModelSettings):
         return data
 
 
+class PlanSettings(EmbedSettings):
+    """The embedding job, and what its cost is estimated with."""
+
+    gpu: str | None = setting(None, "GPU to reckon with: L4, A10G, A100, H100, H200 or B200; default: a line for each.", panel="Estimate")
+    throughput: float | None = setting(
+        None, "Prompt tokens that one GPU embeds in a second (one actor, where there are no GPUs), measured; in place of a GPU's rate.", panel="Estimate", gt=0
+    )
+    utilization: str = setting("0.3:0.6", "Share of its dense bf16 rate that a GPU reaches: X, or LOW:HIGH.", panel="Estimate")
+    sample_rows: int | None = setting(None, "Rows read to estimate tokens; default: 2000, fewer of long documents.", panel="Estimate", ge=1)
+
+    @field_validator("utilization", mode="before")
+    @classmethod
+    def _utilization(cls, value: Any) -> Any:
+        parse_utilization(str(value))
+        return str(value)
+
+
 class SearchSettings(StorageSettings):
     """Exact search over the shards of a run."""
 
     run: str = setting(..., "Directory or URL prefix of a run.", panel="Search", argument=True)
-    text: list[str] = setting(..., "Query texts.", panel="Search", argument=True)
+    text: list[str] = setting([], "Query texts.", panel="Search", argument=True)
     top_k: int = setting(5, "Results for each query.", panel="Search", ge=1)
     model: str | None = setting(None, "Where the run's model is now, if not where it was; it must be the same.", panel="Search")
+    no_text: bool = setting(False, "Show no texts of the rows found; they are read back from the corpus.", panel="Search")
+    queries: str | None = setting(None, "File of queries in place of TEXT: .parquet, .jsonl, .csv, .tsv, or .txt with one a line.", panel="Queries")
+    query_column: str | None = setting(None, "Column of the queries; default: query, else text.", panel="Queries")
+    query_id_column: str | None = setting(None, "Column of the queries' ids; default: query_id, id or _id where there is one.", panel="Queries")
+    out: str | None = setting(None, "Write the results to this Parquet file, one row a result.", panel="Queries")
+    overwrite: bool = setting(False, "Replace the file that out names.", panel="Queries")
+    on_cluster: bool = setting(False, "Spread the shards over a Ray cluster.", panel="Cluster")
+    ray_address: str | None = setting(
+        None, "Ray cluster to search on; with on_cluster alone: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.text and self.queries is None:
+            raise ValueError("TEXT must be given, or a file of queries: the arguments are RUN TEXT..., or RUN and the option queries")
+        if self.text and self.queries is not None:
+            raise ValueError("TEXT and queries exclude each other; write all queries into the file")
+        if self.queries is None and (self.query_column or self.query_id_column):
+            raise ValueError("query_column and query_id_column do nothing without queries; give the file")
+        if self.overwrite and self.out is None:
+            raise ValueError("overwrite: does nothing without out")
+        return self
+
+
+class ExportSettings(StorageSettings):
+    """The vectors of a run in the form of another program."""
+
+    run: str = setting(..., "Directory or URL prefix of a run.", panel="Export", argument=True)
+    dest: str = setting(..., "Local directory to write; it must be empty or not exist.", panel="Export", argument=True)
+    to: Literal["npy", "faiss", "lance", "hf"] = setting(..., "Form: NumPy file, faiss index, Lance dataset, Hugging Face dataset.", panel="Export")
+    dtype: Literal["float32", "float16"] | None = setting(None, "Precision of the vectors exported; default float32.", panel="Export")
+    raw: bool = setting(False, "Export values as they are stored: codes and bits are not turned back into vectors.", panel="Export")
+    faiss_factory: str | None = setting(
+        None, "Index of faiss.index_factory, such as IVF1024,SQ8, trained on a sample; default: the exact Flat.", panel="Export"
+    )
+    overwrite: bool = setting(False, "Replace an earlier export that stands in DEST.", panel="Export")
+    allow_unfinished: bool = setting(False, "Export what is committed of a run that is not finished.", panel="Export")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.raw and self.dtype is not None:
+            raise ValueError("raw and dtype exclude each other: raw values keep the dtype of the run")
+        if self.faiss_factory is not None and self.to != "faiss":
+            raise ValueError(f"faiss_factory: is for faiss; with {self.to} it does nothing")
+        return self
+
+
+class ReportSettings(StorageSettings):
+    """One page about a run."""
+
+    run: str = setting(..., "Directory or URL prefix of a run.", panel="Report", argument=True)
+    out: str = setting("report.html", "Page to write, local or URL; one that is there is replaced.", panel="Report")
+    no_text: bool = setting(False, "Leave out all texts of the corpus; they are else read back from it.", panel="Report")
+    sample: int = setting(2000, "Vectors that health and map are made from, spread evenly over the run.", panel="Report", ge=1, le=10_000)
 
 
 class VerifySettings(StorageSettings):
@@ -230,6 +301,18 @@ def parse_actors(text: str) -> tuple[int, int] | None:
         raise ValueError(f"actors: {text!r} is none of auto, 0, N, MIN:MAX") from None
     if least < 0 or most < least or (most > 0 and least == 0):
         raise ValueError(f"actors: {text!r} must be 0, N or MIN:MAX with 1 ≤ MIN ≤ MAX")
+    return least, most
+
+
+def parse_utilization(text: str) -> tuple[float, float]:
+    """``(least, most)`` of ``X`` or ``LOW:HIGH``, shares of 1. Raises ValueError."""
+    try:
+        low, _, high = text.partition(":")
+        least, most = float(low), float(high or low)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a share such as 0.4 nor a range such as 0.3:0.6") from None
+    if not 0 < least <= most <= 1:
+        raise ValueError(f"{text!r}: shares lie above 0 and up to 1, the lower first (0.3:0.6)")
     return least, most
 
 

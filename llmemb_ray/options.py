@@ -85,7 +85,7 @@ def _extra(field: Any) -> dict[str, Any]:
 def _require_arguments(settings: type[Settings], values: dict[str, Any]) -> None:
     """Raises ConfigError that shows all arguments in their order if one of them is given nowhere."""
     names = [name for name, field in settings.model_fields.items() if _extra(field).get("argument")]
-    missing = [name.upper() for name in names if name not in values]
+    missing = [name.upper() for name in names if name not in values and settings.model_fields[name].is_required()]
     if missing:
         usage = " ".join(name.upper() + ("..." if get_origin(settings.model_fields[name].annotation) is list else "") for name in names)
         given = "".join(f"; {name.upper()} is {values[name]!r}" for name in names if name in values and isinstance(values[name], str))

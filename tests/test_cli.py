@@ -133,7 +133,7 @@ def test_embed_plan_status_verify_and_search_in_words(tmp_path: Path, model: Pat
     ), sound.out
     found = llmemb("search", output, "sentence 7", "sentence 12", "--top-k", "2")
     assert found.code == 0
-    assert len(re.findall(r"^  -?\d\.\d{4}  id-\d+$", found.out, re.M)) == 4
+    assert len(re.findall(r"^  -?\d\.\d{4}  id-\d+  sentence \d+$", found.out, re.M)) == 4
 
 
 def test_json_output_is_json_and_nothing_else(finished: Path, model: Path, llmemb: Any) -> None:
@@ -146,7 +146,7 @@ def test_json_output_is_json_and_nothing_else(finished: Path, model: Path, llmem
     (result,) = json.loads(llmemb("search", output, "sentence 3", "--json", "--top-k", "3").out)
     assert result["query"] == "sentence 3"
     assert len(result["hits"]) == 3
-    assert result["hits"][0].keys() == {"score", "id", "source_file", "source_row"}
+    assert result["hits"][0].keys() == {"rank", "score", "id", "source_file", "source_row", "source_url", "chunk", "chunk_start", "chunk_end", "text"}
 
 
 def test_a_failed_run_is_exit_1_with_the_way_out(tmp_path: Path, model: Path, llmemb: Any) -> None:

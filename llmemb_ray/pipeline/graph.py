@@ -9,7 +9,6 @@ What leaves an actor is a record of one row; vectors go from the actor straight 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import time
@@ -25,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmemb_ray import errors
 from llmemb_ray.config import EmbedSettings, parse_actors
+from llmemb_ray.connection import connected
 from llmemb_ray.errors import ConfigError, LlmembError, RunFailed
 from llmemb_ray.pipeline import attempt, calibrate
 from llmemb_ray.pipeline.ledger import Ledger
@@ -78,22 +78,8 @@ def cluster(settings: EmbedSettings) -> Iterator[Shape]:
 
     A Ray that was up before stays up. Raises ConfigError if none answers or nothing fits.
     """
-    ours = not ray.is_initialized()
-    if ours:
-        address = settings.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-        local = {"include_dashboard": False} if address == "local" else {}
-        # Ray's warnings about its own workings would drown the job's lines; its log files keep them.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        try:
-            ray.init(address=address, logging_level="ERROR", log_to_driver=False, **local)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(f"ray_address: no Ray cluster answers at {address}: {error}") from error
-    try:
+    with connected(settings.ray_address):
         yield shape(settings)
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def shape(settings: EmbedSettings) -> Shape:

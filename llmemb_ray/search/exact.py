@@ -1,7 +1,7 @@
 """Exact search: the best rows of a run for some queries, by streaming its shards.
 
-Invariant: queries are embedded with the run's own model and representation, in the query role. Memory holds a
-row group of vectors at a time, never the run.
+Invariant: queries are embedded with the run's own model and representation, in the query role. What is committed
+is searched and nothing else. Memory holds row groups of vectors and the results, never the run.
 """
 
 from __future__ import annotations
@@ -11,23 +11,33 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from llmemb_ray.config import ModelSettings
+from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.embedder import Embedder, settle
-from llmemb_ray.errors import RunMismatch
+from llmemb_ray.errors import InputError, RunMismatch
 from llmemb_ray.representation.space import differences
+from llmemb_ray.search.best import Best, Floats
+from llmemb_ray.search.scan import check_queries, most_results, rows_at, scan, shards_of
 from llmemb_ray.shards.run import Run
 from llmemb_ray.storage import Access
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One row found. ``score`` is the cosine where the run's vectors are normalised, else the inner product."""
+    """One row found, or one chunk of it. ``score`` is the cosine where the run's vectors are normalised, else the inner product."""
 
     score: float
     id: Any
     source_file: int
+    """Index into ``run.plan.files``."""
     source_row: int
+    chunk: int | None = None
+    """Number of the chunk in its text; None where the run has no chunks."""
+    chunk_start: int | None = None
+    chunk_end: int | None = None
+    """First and last+1 character of the chunk in its text."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,31 +64,60 @@ def load_embedder(run: Run, access: Access | None = None, *, model: str | None =
     return Embedder(spec, device=device)
 
 
+def embed_queries(embedder: Embedder, texts: list[str]) -> Floats:
+    """float32 [Q, D]: the texts in the query role. Raises InputError naming the first query that is empty or cannot be embedded."""
+    for number, text in enumerate(texts):
+        if not text.strip():
+            raise InputError(f"query {number} is empty; leave it out or write what to look for")
+    embedded = embedder.encode_rows(texts, role="query")
+    for number, reason in sorted(embedded.failed.items()):
+        raise InputError(f"query {number} ({texts[number][:60]!r}): {reason}")
+    return embedded.vectors
+
+
 def search(run: Run, texts: list[str], *, top_k: int = 5, embedder: Embedder | None = None) -> list[list[Hit]]:
-    """The ``top_k`` best rows for each text, best first; ties in the order of the corpus."""
+    """The ``top_k`` best rows for each text, best first; ties in the order of the corpus. Of an unfinished run, what is committed.
+
+    Raises InputError for an empty text; RunMismatch or ModelError where the run's model is not found.
+    """
+    if not texts:
+        return []
     embedder = embedder or load_embedder(run, run.storage.access)
-    return search_vectors(run, embedder.encode(texts, role="query"), top_k=top_k)
+    return search_vectors(run, embed_queries(embedder, texts), top_k=top_k)
 
 
 def search_vectors(run: Run, queries_QD: npt.NDArray[np.float32], *, top_k: int) -> list[list[Hit]]:
     """queries_QD: float32 [Q, D] in the run's space."""
-    best: list[list[tuple[float, int, int, Any]]] = [[] for _ in queries_QD]
-    with_id = ["id"] if run.plan.selection.id else []
-    for _, table in run.shards([*with_id, "source_file", "source_row", "embedding"]):
-        scores_QN = queries_QD @ run.precision.decode(table["embedding"]).T
-        files, rows = table["source_file"], table["source_row"]
-        for query, scores_N in enumerate(scores_QN):
-            found = [
-                (-float(scores_N[i]), files[i].as_py(), rows[i].as_py(), table["id"][i].as_py() if with_id else None) for i in _top(scores_N, top_k).tolist()
-            ]
-            best[query] = sorted(best[query] + found, key=lambda hit: hit[:3])[:top_k]
-    return [[Hit(score=-score, source_file=file, source_row=row, id=id_) for score, file, row, id_ in hits] for hits in best]
+    return hits_of(search_table(run, queries_QD, top_k=top_k), len(queries_QD))
 
 
-def _top(scores_N: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """Positions of the ``count`` largest scores; of equal ones at the border the first, which a partition alone does not promise."""
-    if count >= len(scores_N):
-        return np.arange(len(scores_N))
-    border = np.partition(scores_N, len(scores_N) - count)[len(scores_N) - count]
-    above = np.flatnonzero(scores_N > border)
-    return np.concatenate([above, np.flatnonzero(scores_N == border)[: count - len(above)]])
+def search_table(run: Run, queries_QD: npt.NDArray[np.float32], *, top_k: int) -> pa.Table:
+    """Like ``search_vectors`` for many queries: one row a result (``results``)."""
+    queries_QD = check_queries(run, queries_QD)
+    return results(run, scan(run.storage, run.precision, shards_of(run), queries_QD, most_results(run, top_k)))
+
+
+def results(run: Run, best: Best) -> pa.Table:
+    """query (int64, its number), rank (int32, from 1), score (float64), [id], source_file, source_row, [chunk, chunk_start, chunk_end];
+    by query and rank.
+    """
+    queries, places = np.nonzero(best.positions_QK >= 0)
+    table = rows_at(run, best.positions_QK[queries, places])
+    own = {"query": pa.array(queries, pa.int64()), "rank": pa.array(places + 1, pa.int32()), "score": pa.array(best.scores_QK[queries, places])}
+    return pa.table(own | {name: table[name] for name in table.column_names})
+
+
+def hits_of(table: pa.Table, queries: int) -> list[list[Hit]]:
+    """The rows of ``results`` as one list for each of the ``queries``."""
+    found: list[list[Hit]] = [[] for _ in range(queries)]
+    for query, hit in zip(table["query"].to_pylist(), hits(table), strict=True):
+        found[query].append(hit)
+    return found
+
+
+def hits(table: pa.Table) -> list[Hit]:
+    """The rows of ``results``, one after the other."""
+    columns = {name: id_values(table[name]) if name == "id" else table[name].to_pylist() for name in table.column_names}
+    columns.setdefault("id", [None] * table.num_rows)
+    names = columns.keys() & Hit.__dataclass_fields__.keys()
+    return [Hit(**{name: columns[name][row] for name in names}) for row in range(table.num_rows)]

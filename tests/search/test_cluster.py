@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llmemb_ray.config import SearchSettings
+from llmemb_ray.connection import connected
 from llmemb_ray.errors import ConfigError, InputError, OutputError
 from llmemb_ray.search import cluster, exact
 from llmemb_ray.search.job import find
@@ -82,5 +83,5 @@ def test_a_cluster_that_does_not_answer_is_named(ray_here: None) -> None:
     import ray
 
     ray.shutdown()
-    with pytest.raises(ConfigError, match="ray_address: no Ray cluster answers at 127.0.0.1:1"), cluster.connected("127.0.0.1:1"):
+    with pytest.raises(ConfigError, match=r"ray_address: no Ray cluster answers at 127\.0\.0\.1:1"), connected("127.0.0.1:1"):
         pass
