@@ -19,7 +19,7 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test]'
 	touch $(READY)
 
-demo: $(READY)   ## embed, verify and search the documentation of Python's standard library
+demo: $(READY)   ## embed, verify, search and report on the documentation of Python's standard library
 	$(BIN)/llmemb demo demo-output
 
 check: $(READY)  ## lint and types

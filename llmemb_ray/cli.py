@@ -174,7 +174,7 @@ def report(settings: ReportSettings, as_json: bool) -> None:
 @click.argument("directory", default="demo-output")
 @click.option("--model", default=None, help="Hub id or directory of a model; default: a small seeded decoder made on the spot.")
 def demo(directory: str, model: str | None) -> None:
-    """Embed the documentation of Python's standard library into DIRECTORY, verify it, and search it."""
+    """Embed the documentation of Python's standard library into DIRECTORY, verify it, search it and report on it."""
     from llmemb_ray import demo as demonstration
 
     demonstration.run(directory, model)

@@ -1,4 +1,4 @@
-"""The demonstration: the documentation of Python's standard library, embedded, verified and searched.
+"""The demonstration: the documentation of Python's standard library, embedded, verified, searched and reported on.
 
 Corpus and model are made on the spot, so that it runs on any machine without a network. The model is a real
 LLaMA-architecture decoder of one layer whose weights are set by a seed and by word counts, not trained: its
@@ -173,7 +173,8 @@ def run(directory: str, model: str | None = None) -> None:
     _llmemb("embed", str(root / "corpus"), output, "--model", model, *prompt, "--overwrite", "--token-budget", "4096")
     _llmemb("verify", output, "--against", str(root / "corpus"))
     for query in QUERIES:
-        _llmemb("search", output, query)
+        _llmemb("search", output, query, "--top-k", "3")
+    _llmemb("report", output, "--out", str(root / "report.html"))
 
 
 def _llmemb(*arguments: str) -> None:

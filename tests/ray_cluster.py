@@ -28,9 +28,13 @@ def free_port() -> int:
 
 
 class RayCluster:
-    """A head that takes no work and ``workers`` nodes of one core each. Ends only processes that it started."""
+    """A head that takes no work and ``workers`` nodes of one core each. Ends only processes that it started.
 
-    def __init__(self, workers: int = 2) -> None:
+    environment: variables of the nodes, besides those of this process.
+    """
+
+    def __init__(self, workers: int = 2, environment: dict[str, str] | None = None) -> None:
+        self._environment = ENVIRONMENT | (environment or {})
         # Ray's socket paths must be short; nodes that share a directory delete each other's uploaded files.
         self._directory = tempfile.mkdtemp(prefix="rc", dir="/tmp")
         self.gcs_port, self.dashboard_port = free_port(), free_port()
@@ -56,7 +60,7 @@ class RayCluster:
 
     def _start(self, arguments: list[str]) -> None:
         command = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=200000000", *arguments]
-        self._nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True))
+        self._nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self._environment, start_new_session=True))
 
     def _alive(self) -> int:
         """Nodes that the head knows and hears of."""

@@ -186,6 +186,17 @@ def without_views(table: pa.Table) -> pa.Table:
     return table if schema.equals(table.schema) else table.cast(schema)
 
 
+def alike(tables: list[pa.Table]) -> list[pa.Table]:
+    """Tables of one corpus with one type for each column: files may hold a text as text, bytes, dictionary or nothing but nulls."""
+    tables = [pa.table({name: column(table, name) for name in table.column_names}) for table in tables]
+    for name in tables[0].column_names if tables else ():
+        types = {table.schema.field(name).type for table in tables}
+        if len(types) > 1:
+            common = pa.large_binary() if all(_is_text(type_) for type_ in types) else pa.string()
+            tables = [table.set_column(table.column_names.index(name), name, table[name].cast(common)) for table in tables]
+    return tables
+
+
 def _is_list(type_: pa.DataType) -> bool:
     return any(is_kind(type_) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view, pa.types.is_map))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmemb_ray.corpus.columns import Selection, filtered, without_views
+from llmemb_ray.corpus.columns import Selection, alike, filtered, without_views
 from llmemb_ray.corpus.reading import check_unchanged, with_partitions
 from llmemb_ray.corpus.units import PlannedFile
 from llmemb_ray.errors import InputError
@@ -78,7 +78,7 @@ def read(chosen: Sequence[Place], selection: Selection, access: Access) -> pa.Ta
     else:
         with ThreadPoolExecutor(max_workers=min(LIST_THREADS, len(chosen))) as pool:
             tables = list(pool.map(lambda place: _read(place, selection, access), chosen))
-    return pa.concat_tables(tables, promote_options="permissive")
+    return pa.concat_tables(alike(tables))
 
 
 def _read(place: Place, selection: Selection, access: Access) -> pa.Table:

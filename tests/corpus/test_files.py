@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmemb_ray.corpus.files import Footer, Found, discover, footers, partition_values
-from llmemb_ray.errors import InputError, StorageError
+from llmemb_ray.errors import InputError
 from llmemb_ray.storage import Access
 from tests.s3_server import S3Server
 
@@ -75,7 +75,7 @@ def test_no_files_is_an_error_that_names_the_input(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"input .*: no Parquet files there \(files named \*\.parquet") as caught:
             found(given)
         assert str(given) in str(caught.value)
-    with pytest.raises(StorageError, match=f"nothing found at {tmp_path}/typo.parquet"):
+    with pytest.raises(InputError, match=rf"input .*: nothing found at {tmp_path}/typo\.parquet; check the path"):
         found(tmp_path / "typo.parquet")
 
 
