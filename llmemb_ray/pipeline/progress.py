@@ -23,6 +23,10 @@ RATE_SECONDS = 60.0
 """Rates are over so much of the past, so that they follow changes and do not jump with every unit."""
 
 
+ETA_AFTER_SECONDS = 5.0
+"""Of work seen before a time of arrival is told: the first second's rate is no guide."""
+
+
 @dataclass
 class Counts:
     """Where a job stands. ``rows`` and ``tokens`` count up within a unit; the rest moves with commits."""
@@ -144,7 +148,7 @@ class Reporter:
         rows = max(rows, counts.rows)
         rows_rate, tokens_rate = self._rates()
         parts = [f"rows {rows:,}/{counts.rows_total:,}", f"{rows_rate:,.0f} rows/s", f"{tokens_rate:,.0f} tokens/s"]
-        if rows_rate > 0 and counts.rows_total > rows:
+        if rows_rate > 0 and counts.rows_total > rows and self._history[-1][0] - self._history[0][0] >= ETA_AFTER_SECONDS:
             parts.append(f"ETA {duration((counts.rows_total - rows) / rows_rate)}")
         parts.append(f"rejects {counts.rejects:,}")
         if counts.failed_units:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmemb_ray.config import PlanSettings
-from llmemb_ray.errors import ConfigError, InputError, NotFound, OutputError
+from llmemb_ray.errors import ConfigError, InputError, OutputError
 from llmemb_ray.pipeline import costs, estimate_text
 from llmemb_ray.pipeline.estimate import PATH, Estimate, preview
 from llmemb_ray.storage import Storage
@@ -318,7 +318,7 @@ def test_the_plan_refuses_what_the_run_would_refuse(tmp_path: Path, model: Path,
         preview(settings_of(tmp_path / "in", model))
     seen = preview(settings_of(tmp_path / "in", model, skip_bad_files=True))
     assert (seen.bad_files, any("1 files cannot be read" in note for note in seen.notes)) == (1, True)
-    with pytest.raises(NotFound, match="nowhere"):
+    with pytest.raises(InputError, match=r"nowhere\.parquet; check the path"):
         preview(settings_of(tmp_path / "nowhere.parquet", model))
     with pytest.raises(ConfigError, match="H100, H200, B200"):
         preview(settings_of(corpus, model, gpu="RTX 9090"))
