@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import llmemb_ray
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.ray_cluster import ENVIRONMENT, RAY, RayCluster
 from tests.s3_server import S3Server
+from tests.small_jobs import write
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -31,11 +33,11 @@ def cluster() -> Iterator[RayCluster]:
     cluster.stop()
 
 
-def submit(cluster: RayCluster, server: S3Server, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Submits ``jobs/embed.py`` from this checkout, as the README says; what git ignores stays behind."""
+def submit(cluster: RayCluster, server: S3Server, *arguments: str, job: str = "embed") -> subprocess.CompletedProcess[str]:
+    """Submits a job from this checkout, as the README says; what git ignores stays behind."""
     runtime_env = json.dumps({"env_vars": server.environment | {"HF_HUB_OFFLINE": "1"}})
     command = [RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--runtime-env-json", runtime_env]
-    command += ["--", sys.executable, "jobs/embed.py", *arguments]
+    command += ["--", sys.executable, f"jobs/{job}.py", *arguments]
     for _ in range(30):
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
         if "No available agent to submit job" not in done.stderr:
@@ -66,3 +68,28 @@ def test_a_failing_job_fails_in_plain_words(cluster: RayCluster, s3: S3Server, m
     done = submit(cluster, s3, s3.url("nothing-here"), s3.url("out"), "--model", str(model))
     assert done.returncode == 1, "ray job submit exits 1 for any failed job"
     assert "nothing found at" in done.stdout or "no Parquet files" in done.stdout, done.stdout
+
+
+def test_many_queries_are_searched_on_the_cluster(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:
+    access = {"endpoint_url": s3.endpoint_url, "storage_options": s3.storage_options}
+    texts = [f"document {row}" for row in range(200)]
+    write(tmp_path / "in.parquet", texts, id=list(range(200)))
+    llmemb_ray.embed(str(tmp_path / "in.parquet"), s3.url("out"), model=str(model), actors="0", quiet=True, rows_per_unit=20, prompt="none", **access)
+    queries = [f"document {row}" for row in range(0, 200, 7)]
+    s3.path("queries.txt").write_text("\n".join(queries))
+    done = submit(cluster, s3, s3.url("out"), "--queries", s3.url("queries.txt"), "--out", s3.url("hits.parquet"), "--top-k", "3", job="search")
+    assert done.returncode == 0, done.stdout + done.stderr
+    hits = pq.read_table(s3.path("hits.parquet")).to_pylist()
+    assert len(hits) == 3 * len(queries)
+    best = [hit for hit in hits if hit["rank"] == 1]
+    assert [texts[hit["id"]] for hit in best] == queries
+    here = llmemb_ray.search(Run(Storage(s3.url("out"), s3.access())), queries, top_k=3)
+    assert [hit["id"] for hit in hits] == [hit.id for found in here for hit in found]
+
+
+def test_the_plan_job_prints_what_the_command_prints(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in.parquet", ["one text", "another"], id=[1, 2])
+    arguments = [str(tmp_path / "in.parquet"), str(tmp_path / "out"), "--model", str(model), "--json"]
+    done = subprocess.run([sys.executable, str(ROOT / "jobs" / "plan.py"), *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout)["rows"] == 2
+    assert not (tmp_path / "out").exists()

@@ -62,9 +62,10 @@ def _in_file(file: PlannedFile, selection: Selection, access: Access, rows: list
             parquet = pq.ParquetFile(reader, pre_buffer=False)
             columns = selection.columns(parquet.schema_arrow, file.partitions)
             edges = np.cumsum([0, *file.group_rows])
-            groups = np.searchsorted(edges, rows, side="right") - 1
+            there = [row for row in rows if row < edges[-1]]
+            groups = np.searchsorted(edges, there, side="right") - 1
             for group in np.unique(groups).tolist():
-                inside = [row for row, where in zip(rows, groups.tolist(), strict=True) if where == group]
+                inside = [row for row, where in zip(there, groups.tolist(), strict=True) if where == group]
                 _in_group(parquet, group, int(edges[group]), inside, columns, file, selection, found)
     except LlmembError as error:
         reason = str(error)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -40,31 +41,46 @@ class Place:
 
 def places(files: Sequence[PlannedFile], rows: int) -> list[Place]:
     """Where a sample of about ``rows`` rows is taken; all rows where the corpus has no more."""
-    total = sum(file.rows for file in files)
-    if not total:
-        return []
-    count = 1 if total <= rows else min(PLACES, rows)
-    share = -(-min(rows, total) // count)
-    chosen: list[Place] = []
     starts = np.cumsum([0, *(file.rows for file in files)])
-    taken = 0
+    total = int(starts[-1])
+    if total <= rows:
+        return _in_files(files, starts, 0, total)
+    count = min(PLACES, rows)
+    chosen: list[Place] = []
+    end = 0
     for number in range(count):
-        position = max(number * total // count, taken)
-        left = min(share, total - position)
-        while left > 0:
-            index = int(np.searchsorted(starts, position, side="right")) - 1
-            file, inside = files[index], position - int(starts[index])
-            groups = np.cumsum([0, *file.group_rows])
-            group = int(np.searchsorted(groups, inside, side="right")) - 1
-            if count > 1 and position > taken and left == share:
-                inside = max(int(groups[group]), taken - int(starts[index]))
-                position = int(starts[index]) + inside
-            take = min(left, file.rows - inside)
-            last = int(np.searchsorted(groups, inside + take, side="left"))
-            bare = replace(file, group_rows=())
-            chosen.append(Place(file=bare, groups=tuple(range(group, last)), first=int(groups[group]), start=inside, rows=take))
-            position, left = position + take, left - take
-            taken = position
+        begin = max(end, _group_start(files, starts, number * total // count))
+        end = min(begin + -(-rows // count), total)
+        chosen += _in_files(files, starts, begin, end)
+    return chosen
+
+
+def _file_at(starts: npt.NDArray[np.int64], position: int) -> int:
+    """The file that holds row ``position`` of the corpus. starts: int64 [files + 1]."""
+    return int(np.searchsorted(starts, position, side="right")) - 1
+
+
+def _group_start(files: Sequence[PlannedFile], starts: npt.NDArray[np.int64], position: int) -> int:
+    """The first row, in the corpus, of the row group that holds row ``position``."""
+    index = _file_at(starts, position)
+    groups = np.cumsum([0, *files[index].group_rows])
+    inside = position - int(starts[index])
+    return int(starts[index]) + int(groups[np.searchsorted(groups, inside, side="right") - 1])
+
+
+def _in_files(files: Sequence[PlannedFile], starts: npt.NDArray[np.int64], begin: int, end: int) -> list[Place]:
+    """Rows ``begin`` to ``end`` of the corpus, a place for each file that they lie in."""
+    chosen: list[Place] = []
+    while begin < end:
+        index = _file_at(starts, begin)
+        file, inside = files[index], begin - int(starts[index])
+        take = min(end - begin, file.rows - inside)
+        groups = np.cumsum([0, *file.group_rows])
+        first = int(np.searchsorted(groups, inside, side="right")) - 1
+        last = int(np.searchsorted(groups, inside + take, side="left"))
+        bare = replace(file, group_rows=())
+        chosen.append(Place(file=bare, groups=tuple(range(first, last)), first=int(groups[first]), start=inside, rows=take))
+        begin += take
     return chosen
 
 
