@@ -56,10 +56,10 @@ def plan(settings: PlanSettings, as_json: bool) -> None:
 
     Reads footers and a sample of rows, and plans the input as a new run. Every figure is an estimate; its assumptions are printed.
     """
-    from llmemb_ray.pipeline import estimate, estimate_text
+    from llmemb_ray.pipeline.estimates import estimate, text
 
     made = estimate.preview(settings)
-    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else estimate_text.text(made))
+    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else text.text(made))
 
 
 @command(llmemb, "status", RunSettings)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import rich_click as click
 import yaml
 
-from llmemb_ray import config
+from llmemb_ray import written
 from llmemb_ray.config import Settings
 from llmemb_ray.errors import ConfigError
 
@@ -94,15 +94,15 @@ def _require_arguments(settings: type[Settings], values: dict[str, Any]) -> None
 
 def gather(settings: type[Settings], given: dict[str, Any]) -> Any:
     """The settings from file, ``--set`` and command line, the later winning. Raises ConfigError."""
-    values = config.read_file(given.pop("config_file")) if given.get("config_file") else {}
+    values = written.read_file(given.pop("config_file")) if given.get("config_file") else {}
     given.pop("config_file", None)
-    values = config.override(values, list(given.pop("assignments", ())))
+    values = written.override(values, list(given.pop("assignments", ())))
     for name, value in given.items():
         if value is None or value == ():
             continue
         if settings.model_fields[name].annotation == dict[str, Any]:
             try:
-                value = config.parse_yaml(value)
+                value = written.parse_yaml(value)
             except yaml.YAMLError:
                 raise ConfigError(f"{name}: the value is not YAML; write it as '{{name: value}}'") from None
         values[name] = list(value) if isinstance(value, tuple) else value
@@ -123,7 +123,7 @@ def command(group: click.RichGroup, name: str, settings: type[Settings]) -> Call
         def run(print_config: bool, as_json: bool, **given: Any) -> None:
             made = gather(settings, given)
             if print_config:
-                click.echo(yaml.safe_dump(config.masked(made.model_dump(mode="json")), sort_keys=False, allow_unicode=True), nl=False)
+                click.echo(yaml.safe_dump(written.masked(made.model_dump(mode="json")), sort_keys=False, allow_unicode=True), nl=False)
                 return
             function(made, as_json)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from llmemb_ray import config
-from llmemb_ray.config import EmbedSettings, ModelSettings, SearchSettings, StorageSettings, VerifySettings, masked, override, parse_actors, read_file
+from llmemb_ray.config import EmbedSettings, ModelSettings, SearchSettings, StorageSettings, VerifySettings, parse_actors
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.representation.representation import Form, Representation
+from llmemb_ray.written import masked, override, read_file
 
 
 def settings(**values: Any) -> EmbedSettings:

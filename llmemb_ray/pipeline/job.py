@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmemb_ray.config import EmbedSettings, command_line, parse_actors
+from llmemb_ray.config import EmbedSettings, parse_actors
 from llmemb_ray.corpus.columns import Selection
 from llmemb_ray.corpus.files import Found
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, LlmembError, OutputError, RunFailed, RunMismatch, RunStopped, UnhealthyVectors
-from llmemb_ray.pipeline import estimate, planning
+from llmemb_ray.pipeline import planning
+from llmemb_ray.pipeline.estimates.estimate import estimate
 from llmemb_ray.pipeline.limits import Limits
 from llmemb_ray.pipeline.prepare import Job, ReadTask
 from llmemb_ray.pipeline.progress import Counts, Reporter
@@ -34,6 +35,7 @@ from llmemb_ray.shards.receipt import PATH as RECEIPT
 from llmemb_ray.shards.reuse import Reuse
 from llmemb_ray.shards.run import DATA, OWN, REJECTS, Run
 from llmemb_ray.storage import Storage, absolute, is_temporary
+from llmemb_ray.written import command_line
 
 if TYPE_CHECKING:
     from llmemb_ray.pipeline.graph import Shape
@@ -179,7 +181,7 @@ def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, repor
 def _save_estimate(settings: EmbedSettings, spec: EmbedderSpec, plan: Plan, output: Storage, reporter: Reporter) -> None:
     """Keeps what the run is expected to be, for the report to compare; a corpus that cannot be sampled is still embedded."""
     try:
-        estimate.estimate(settings, spec, plan).save(output)
+        estimate(settings, spec, plan).save(output)
     except LlmembError as error:
         reporter.say(f"note: no estimate is kept with the run: {error}")
 

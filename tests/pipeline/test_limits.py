@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from llmemb_ray.config import EmbedSettings, command_line, parse_deadline
+from llmemb_ray.config import EmbedSettings, parse_deadline
 from llmemb_ray.errors import ConfigError, RunStopped
 from llmemb_ray.pipeline.limits import Limits
+from llmemb_ray.written import command_line
 from tests.small_jobs import embed, opened, problems_of, write
 
 

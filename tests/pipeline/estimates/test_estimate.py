@@ -13,8 +13,9 @@ import pytest
 
 from llmemb_ray.config import PlanSettings
 from llmemb_ray.errors import ConfigError, InputError, OutputError
-from llmemb_ray.pipeline import costs, estimate_text
-from llmemb_ray.pipeline.estimate import PATH, Estimate, preview
+from llmemb_ray.pipeline.estimates import costs
+from llmemb_ray.pipeline.estimates import text as estimate_text
+from llmemb_ray.pipeline.estimates.estimate import PATH, Estimate, preview
 from llmemb_ray.storage import Storage
 from tests.small_jobs import embed, write
 from tests.small_models import SENTENCES, config_of, make_model, tokenizer_of

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from llmemb_ray.config import EmbedSettings
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec
-from llmemb_ray.pipeline import gpus
-from llmemb_ray.pipeline.gpus import Gpu
+from llmemb_ray.pipeline.estimates import gpus
+from llmemb_ray.pipeline.estimates.gpus import Gpu
 
 Counts = npt.NDArray[np.int64]
 Range = tuple[float, float]

@@ -18,10 +18,11 @@ from llmemb_ray.config import EmbedSettings, PlanSettings, parse_actors, parse_u
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import NotFound, OutputError
-from llmemb_ray.pipeline import costs, gpus, planning, sampled
-from llmemb_ray.pipeline.costs import Counts, Hours, Range
+from llmemb_ray.pipeline import planning
+from llmemb_ray.pipeline.estimates import costs, gpus, sampled
+from llmemb_ray.pipeline.estimates.costs import Counts, Hours, Range
+from llmemb_ray.pipeline.estimates.sampled import VLLM_BLOCK
 from llmemb_ray.pipeline.prepare import Job
-from llmemb_ray.pipeline.sampled import VLLM_BLOCK
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Dtype
 from llmemb_ray.storage import Storage, absolute

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from textwrap import wrap
 
-from llmemb_ray.pipeline.costs import Hours, Range
-from llmemb_ray.pipeline.estimate import Estimate
+from llmemb_ray.pipeline.estimates.costs import Hours, Range
+from llmemb_ray.pipeline.estimates.estimate import Estimate
 
 WIDTH = 110
 """Characters of a line."""

@@ -1,0 +1,113 @@
+"""Settings in writing: read from YAML and from ``dotted.key=value``, printed with secrets masked, written as a command.
+
+Invariant: nothing that looks like a secret is printed. What a setting may be is for ``config`` to say.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmemb_ray.config import EmbedSettings, is_duration
+from llmemb_ray.errors import ConfigError
+from llmemb_ray.storage import redact
+
+SECRET_WORDS = ("key", "secret", "token", "password", "passphrase", "credential", "sas", "signature", "auth", "connection_string")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the numbers to base 60 of its version 1.1: ``actors: 1:8`` is a text, not 68."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, re.compile("(?![^:]*:)" + pattern.pattern, re.VERBOSE) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Settings from a YAML file. Raises ConfigError."""
+    try:
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # Not the error's own text: it quotes the file, which may hold secrets.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else ""
+        raise ConfigError(f"config {path} is not YAML{where}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {path}: holds no mapping of settings to values")
+    return {str(key).replace("-", "_"): value for key, value in data.items()}
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """``values`` with ``dotted.key=value`` assignments applied, values read as YAML. Raises ConfigError."""
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"set {name}: write it as dotted.key=value")
+        *parents, last = name.replace("-", "_").split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"set {name}: {parent} is not a mapping")
+        try:
+            place[last] = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"set {name}: its value is not YAML") from error
+    return values
+
+
+def masked(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of settings fit for printing: URLs redacted, and of the storage options whatever looks like a secret by its name hidden."""
+    return {name: _without_secrets(value) if name == "storage_options" else _redacted(value) for name, value in values.items()}
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    if value is not None and any(word in name.lower() for word in SECRET_WORDS):
+        return "***"
+    if isinstance(value, dict):
+        return {key: _without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return _redacted(value)
+
+
+def command_line(settings: EmbedSettings) -> str:
+    """The command that continues a job with these settings: without overwrite, a deadline that has passed, and storage options."""
+    left_out = {"input", "output", "overwrite", "storage_options"}
+    if settings.deadline and not is_duration(settings.deadline):
+        left_out.add("deadline")
+    words = ["llmemb", "embed", *settings.input, settings.output]
+    for name, field in EmbedSettings.model_fields.items():
+        value = getattr(settings, name)
+        if name in left_out or name not in settings.model_fields_set or value == field.get_default(call_default_factory=True):
+            continue
+        flag = "--" + name.replace("_", "-")
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list) and not extra.get("commas"):
+            words += [word for item in value for word in (flag, str(item))]
+        else:
+            words += [flag, ",".join(value) if isinstance(value, list) else str(value)]
+    return shlex.join(redact(word) for word in words)
