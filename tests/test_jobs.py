@@ -76,10 +76,11 @@ def test_many_queries_are_searched_on_the_cluster(cluster: RayCluster, s3: S3Ser
     write(tmp_path / "in.parquet", texts, id=list(range(200)))
     llmemb_ray.embed(str(tmp_path / "in.parquet"), s3.url("out"), model=str(model), actors="0", quiet=True, rows_per_unit=20, prompt="none", **access)
     queries = [f"document {row}" for row in range(0, 200, 7)]
-    s3.path("queries.txt").write_text("\n".join(queries))
+    storage = Storage(s3.url(), s3.access())
+    storage.put("queries.txt", "\n".join(queries).encode())
     done = submit(cluster, s3, s3.url("out"), "--queries", s3.url("queries.txt"), "--out", s3.url("hits.parquet"), "--top-k", "3", job="search")
     assert done.returncode == 0, done.stdout + done.stderr
-    hits = pq.read_table(s3.path("hits.parquet")).to_pylist()
+    hits = pq.read_table(pa.BufferReader(storage.read("hits.parquet"))).to_pylist()
     assert len(hits) == 3 * len(queries)
     best = [hit for hit in hits if hit["rank"] == 1]
     assert [texts[hit["id"]] for hit in best] == queries

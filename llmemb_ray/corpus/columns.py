@@ -188,7 +188,6 @@ def without_views(table: pa.Table) -> pa.Table:
 
 def alike(tables: list[pa.Table]) -> list[pa.Table]:
     """Tables of one corpus with one type for each column: files may hold a text as text, bytes, dictionary or nothing but nulls."""
-    tables = [pa.table({name: column(table, name) for name in table.column_names}) for table in tables]
     for name in tables[0].column_names if tables else ():
         types = {table.schema.field(name).type for table in tables}
         if len(types) > 1:

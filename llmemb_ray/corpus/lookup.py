@@ -7,16 +7,15 @@ gives the reason in its place. Reading is by row group, only of the text's colum
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from llmemb_ray.corpus.columns import Selection, without_views
-from llmemb_ray.corpus.reading import BATCH_ROWS, check_unchanged, with_partitions
+from llmemb_ray.corpus.columns import Selection
+from llmemb_ray.corpus.reading import GLANCE_BUFFER_BYTES, batches, check_unchanged
 from llmemb_ray.corpus.units import PlannedFile
 from llmemb_ray.errors import LlmembError
 from llmemb_ray.storage import LIST_THREADS, Access, locate, redact
@@ -59,14 +58,12 @@ def _in_file(file: PlannedFile, selection: Selection, access: Access, rows: list
         check_unchanged(file, access)
         storage, name = locate(file.url, access)
         with storage.open(name, file.size) as reader:
-            parquet = pq.ParquetFile(reader, pre_buffer=False)
-            columns = selection.columns(parquet.schema_arrow, file.partitions)
             edges = np.cumsum([0, *file.group_rows])
             there = [row for row in rows if row < edges[-1]]
             groups = np.searchsorted(edges, there, side="right") - 1
             for group in np.unique(groups).tolist():
                 inside = [row for row, where in zip(there, groups.tolist(), strict=True) if where == group]
-                _in_group(parquet, group, int(edges[group]), inside, columns, file, selection, found)
+                _in_group(batches(reader, file, [group], selection, buffer_bytes=GLANCE_BUFFER_BYTES), int(edges[group]), inside, file.index, selection, found)
     except LlmembError as error:
         reason = str(error)
     except (pa.ArrowException, OSError) as error:
@@ -80,21 +77,19 @@ def _in_file(file: PlannedFile, selection: Selection, access: Access, rows: list
     return found
 
 
-def _in_group(
-    parquet: pq.ParquetFile, group: int, first: int, rows: list[int], columns: list[str], file: PlannedFile, selection: Selection, found: Texts
-) -> None:
+def _in_group(tables: Iterator[pa.Table], first: int, rows: list[int], file: int, selection: Selection, found: Texts) -> None:
+    """Texts of some rows of a row group that begins with row ``first``, given as tables; reads no further than the last of them."""
     position, left = first, rows
-    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-        here = [row for row in left if row < position + batch.num_rows]
+    for table in tables:
+        here = [row for row in left if row < position + table.num_rows]
         if here:
-            table = with_partitions(without_views(pa.Table.from_batches([batch])), file).take(pa.array([row - position for row in here]))
-            texts, problems = selection.texts(table)
+            texts, problems = selection.texts(table.take(pa.array([row - position for row in here])))
             for place, (row, text) in enumerate(zip(here, texts, strict=True)):
                 if text is None:
-                    found.missing[file.index, row] = problems[place][1]
+                    found.missing[file, row] = problems[place][1]
                 else:
-                    found.texts[file.index, row] = text
+                    found.texts[file, row] = text
             left = left[len(here) :]
         if not left:
             return
-        position += batch.num_rows
+        position += table.num_rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,9 @@ from llmemb_ray.storage import Access, locate, redact
 
 BATCH_ROWS = 8192
 """Rows decoded at a time; a unit is gathered from such batches, so a huge row group is never whole in memory."""
+
+UNIT_BUFFER_BYTES, GLANCE_BUFFER_BYTES = 8 * 2**20, 2**20
+"""Bytes of a column fetched at a time: many where all of it is read, few where a few rows are. Without a buffer a column's whole row group is fetched."""
 
 
 def check_unchanged(file: PlannedFile, access: Access) -> None:
@@ -43,10 +47,7 @@ def read_units(file: PlannedFile, piece: Piece, selection: Selection, access: Ac
     storage, name = locate(file.url, access)
     with storage.open(name, file.size) as reader:
         try:
-            parquet = pq.ParquetFile(reader, pre_buffer=False)
-            columns = selection.columns(parquet.schema_arrow, file.partitions)
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(piece.groups), columns=columns):
-                rest = without_views(pa.Table.from_batches([batch]))
+            for rest in batches(reader, file, piece.groups, selection, buffer_bytes=UNIT_BUFFER_BYTES):
                 while rest.num_rows:
                     take = min(rest.num_rows, unit.start + unit.rows - position)
                     if unit.name in wanted:
@@ -56,7 +57,7 @@ def read_units(file: PlannedFile, piece: Piece, selection: Selection, access: Ac
                         break
                     if unit.name in wanted:
                         check_unchanged(file, access)
-                        yield unit, with_partitions(pa.concat_tables(held), file)
+                        yield unit, pa.concat_tables(held)
                         held = []
                     following = next(units, None)
                     if following is None:
@@ -67,6 +68,17 @@ def read_units(file: PlannedFile, piece: Piece, selection: Selection, access: Ac
         except OSError as error:
             raise InputError(f"{redact(file.url)}: row groups {piece.groups[0]} to {piece.groups[-1]} cannot be read: {error}") from error
     raise InputError(f"{redact(file.url)} ends at row {position}, before the planned unit {unit.name} does")
+
+
+def batches(reader: Any, file: PlannedFile, groups: Sequence[int], selection: Selection, *, buffer_bytes: int, rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
+    """The selected columns of some row groups, ``rows`` rows at a time, partition columns filled in.
+
+    Raises Arrow's own errors and OSError; the caller knows what the rows are for.
+    """
+    parquet = pq.ParquetFile(reader, pre_buffer=False, buffer_size=buffer_bytes)
+    columns = selection.columns(parquet.schema_arrow, file.partitions)
+    for batch in parquet.iter_batches(rows, row_groups=list(groups), columns=columns):
+        yield with_partitions(without_views(pa.Table.from_batches([batch])), file)
 
 
 def with_partitions(table: pa.Table, file: PlannedFile) -> pa.Table:

@@ -1,11 +1,11 @@
 """A sample of a corpus: rows from places spread evenly over it, the same on every machine.
 
-Invariant: which rows are sampled follows from the planned files and the number asked for alone. Each place is
-the beginning of a row group, so that next to nothing is read that is not taken.
+Invariant: which rows are sampled follows from the planned files and the number asked for alone.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,16 +13,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from llmemb_ray.corpus.columns import Selection, alike, filtered, without_views
-from llmemb_ray.corpus.reading import check_unchanged, with_partitions
+from llmemb_ray.corpus.columns import Selection, alike, column, filtered
+from llmemb_ray.corpus.reading import GLANCE_BUFFER_BYTES, batches, check_unchanged
 from llmemb_ray.corpus.units import PlannedFile
 from llmemb_ray.errors import InputError
 from llmemb_ray.storage import LIST_THREADS, Access, locate, redact
 
 PLACES = 32
 """Places that a sample of a large corpus is taken from."""
+
+GLANCE_ROWS = 1024
+"""Rows decoded at a time."""
+
+PASSED_OVER = 10_000
+"""Rows of a row group read in vain to get to a place inside it, where reading little matters more; beyond, its beginning is taken."""
 
 SOURCE_FILE, SOURCE_ROW = "__source_file", "__source_row"
 """Columns of a sample, besides those of the corpus, that tell where a row comes from."""
@@ -39,7 +44,7 @@ class Place:
     rows: int
 
 
-def places(files: Sequence[PlannedFile], rows: int) -> list[Place]:
+def places(files: Sequence[PlannedFile], rows: int, *, passed_over: int = PASSED_OVER) -> list[Place]:
     """Where a sample of about ``rows`` rows is taken; all rows where the corpus has no more."""
     starts = np.cumsum([0, *(file.rows for file in files)])
     total = int(starts[-1])
@@ -49,7 +54,9 @@ def places(files: Sequence[PlannedFile], rows: int) -> list[Place]:
     chosen: list[Place] = []
     end = 0
     for number in range(count):
-        begin = max(end, _group_start(files, starts, number * total // count))
+        position = number * total // count
+        group = _group_start(files, starts, position)
+        begin = max(end, position if position - group <= passed_over else group)
         end = min(begin + -(-rows // count), total)
         chosen += _in_files(files, starts, begin, end)
     return chosen
@@ -85,41 +92,54 @@ def _in_files(files: Sequence[PlannedFile], starts: npt.NDArray[np.int64], begin
 
 
 def read(chosen: Sequence[Place], selection: Selection, access: Access) -> pa.Table:
-    """The rows of the places with the selected columns, ``__source_file`` and ``__source_row``; the filter applied.
+    """The rows of the places, in order: text, id and kept columns under their names, ``__source_file`` and ``__source_row``; the filter applied.
 
     Raises InputError where a file changed or cannot be read.
     """
-    if len(chosen) < 2:
-        tables = [_read(place, selection, access) for place in chosen]
-    else:
-        with ThreadPoolExecutor(max_workers=min(LIST_THREADS, len(chosen))) as pool:
-            tables = list(pool.map(lambda place: _read(place, selection, access), chosen))
-    return pa.concat_tables(alike(tables))
+    by_file = [list(group) for _, group in itertools.groupby(chosen, key=lambda place: place.file.index)]
+    with ThreadPoolExecutor(max_workers=max(1, min(LIST_THREADS, len(by_file)))) as pool:
+        tables = [table for part in pool.map(lambda places: _read(places, selection, access), by_file) for table in part]
+    return pa.concat_tables(alike(tables)) if tables else pa.table({SOURCE_FILE: pa.array([], pa.int32()), SOURCE_ROW: pa.array([], pa.int64())})
 
 
-def _read(place: Place, selection: Selection, access: Access) -> pa.Table:
-    check_unchanged(place.file, access)
-    table = with_partitions(pa.concat_tables(list(_batches(place, selection, access))), place.file)
-    numbers = np.arange(place.start, place.start + table.num_rows)
-    table = table.append_column(SOURCE_FILE, pa.array(np.full(table.num_rows, place.file.index, np.int32)))
-    table = table.append_column(SOURCE_ROW, pa.array(numbers))
-    return filtered(table, selection.filter) if selection.filter else table
+def _read(chosen: list[Place], selection: Selection, access: Access) -> list[pa.Table]:
+    """The rows of some places of one file; a row group that holds several of them is gone through once."""
+    file = chosen[0].file
+    check_unchanged(file, access)
+    storage, name = locate(file.url, access)
+    found: list[pa.Table] = []
+    with storage.open(name, file.size) as reader:
+        for _, group in itertools.groupby(chosen, key=lambda place: place.groups[0]):
+            of_group = list(group)
+            groups = range(of_group[0].groups[0], of_group[-1].groups[-1] + 1)
+            try:
+                tables = batches(reader, file, groups, selection, buffer_bytes=GLANCE_BUFFER_BYTES, rows=GLANCE_ROWS)
+                found += [_selected(table, row, file.index, selection) for row, table in _ranges(tables, of_group)]
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{redact(file.url)}: row groups {groups[0]} to {groups[-1]} cannot be read: {error}") from error
+    return found
 
 
-def _batches(place: Place, selection: Selection, access: Access) -> Iterator[pa.Table]:
-    storage, name = locate(place.file.url, access)
-    skip, left = place.start - place.first, place.rows
-    with storage.open(name, place.file.size) as reader:
-        try:
-            parquet = pq.ParquetFile(reader, pre_buffer=False)
-            columns = selection.columns(parquet.schema_arrow, place.file.partitions)
-            for batch in parquet.iter_batches(max(1, min(8192, skip + left)), row_groups=list(place.groups), columns=columns):
-                table = without_views(pa.Table.from_batches([batch]))
-                passed = min(skip, table.num_rows)
-                part = table.slice(passed, left)
-                skip, left = skip - passed, left - part.num_rows
-                yield part
-                if left == 0:
-                    return
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{redact(place.file.url)}: row groups {place.groups[0]} to {place.groups[-1]} cannot be read: {error}") from error
+def _ranges(tables: Iterator[pa.Table], chosen: list[Place]) -> Iterator[tuple[int, pa.Table]]:
+    """(first row, rows) of the places, cut out of the tables of their row groups; reads no further than the last of them."""
+    position = chosen[0].first
+    left = [(place.start, place.start + place.rows) for place in chosen]
+    for table in tables:
+        end = position + table.num_rows
+        for start, stop in left:
+            first, last = max(start, position), min(stop, end)
+            if first < last:
+                yield first, table.slice(first - position, last - first)
+        left = [(start, stop) for start, stop in left if stop > end]
+        if not left:
+            return
+        position = end
+
+
+def _selected(table: pa.Table, first: int, file: int, selection: Selection) -> pa.Table:
+    table = table.append_column(SOURCE_FILE, pa.array(np.full(table.num_rows, file, np.int32)))
+    table = table.append_column(SOURCE_ROW, pa.array(np.arange(first, first + table.num_rows)))
+    if selection.filter:
+        table = filtered(table, selection.filter)
+    names = [*selection.text_columns, *((selection.id,) if selection.id else ()), *selection.keep, SOURCE_FILE, SOURCE_ROW]
+    return pa.table({name: column(table, name) for name in dict.fromkeys(names)})

@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from llmemb_ray.corpus.columns import column, id_values, without_views
-from llmemb_ray.errors import ConfigError, InputError
+from llmemb_ray.errors import ConfigError, InputError, NotFound
 from llmemb_ray.storage import Access, absolute, locate, redact
 
 TEXT_NAMES, ID_NAMES = ("query", "text"), ("query_id", "id", "_id")
@@ -41,7 +41,10 @@ def read_queries(url: str, access: Access | None = None, *, query_column: str | 
     if kind is None:
         raise ConfigError(f"queries: {shown} is of no kind that is read here; its name must end in {', '.join(KINDS)}")
     storage, name = locate(absolute(url), access or Access())
-    data = storage.read(name)
+    try:
+        data = storage.read(name)
+    except NotFound as error:
+        raise InputError(f"queries: {error}; check the path") from error
     if kind == "text":
         if query_column or id_column:
             raise ConfigError(f"query_column and query_id_column: {shown} is plain text and has no columns")

@@ -87,9 +87,9 @@ class Plan:
         """How often files were appended."""
         return len(self.earlier_run_keys)
 
-    def run_key_of(self, file: int) -> str:
-        """The run key under which the units of a file were embedded: that of the generation that brought the file."""
-        return [*self.earlier_run_keys, self.run_key][self.files[file].generation]
+    def run_keys_of(self, file: int) -> list[str]:
+        """The run keys under which units of a file may have been embedded: from the generation that brought the file on."""
+        return [*self.earlier_run_keys, self.run_key][self.files[file].generation :]
 
     @property
     def column_types(self) -> dict[str, str]:

@@ -196,13 +196,14 @@ def _unit(run: Run, commit: Commit, findings: Findings, ids: Partitions | None) 
             return
         metadata = schema.metadata_of(table.schema)
         for name, wanted in (
-            ("run_key", run.plan.run_key_of(commit.file)),
             ("space", run.plan.space_digest),
             ("unit", commit.unit),
             ("attempt", commit.attempt),
         ):
             if metadata.get(name) != wanted:
                 findings.problem(f"{path}: its metadata has {name} {metadata.get(name)!r}, the run has {wanted!r}")
+        if metadata.get("run_key") not in run.plan.run_keys_of(commit.file):
+            findings.problem(f"{path}: its metadata has run_key {metadata.get('run_key')!r}, the run has {run.plan.run_key!r}")
         if table.num_rows != count:
             findings.problem(f"{path} has {table.num_rows} rows, its commit says {count}")
         if not (table["source_file"].to_numpy() == commit.file).all():
@@ -244,7 +245,7 @@ def _chunks(path: str, table: pa.Table, findings: Findings) -> None:
     follows = ~first
     wrong = first & (numbers != 0)
     wrong[1:] |= follows[1:] & ((numbers[1:] != numbers[:-1] + 1) | (starts[1:] < starts[:-1]))
-    wrong |= ends < starts
+    wrong |= ends <= starts
     if wrong.any():
         findings.problem(f"{path}: the chunks of source row {rows[int(np.argmax(wrong))]} do not follow one another")
 
@@ -311,7 +312,9 @@ def _compare(run: Run, against: list[str], findings: Findings) -> None:
     pairs = [(file, by_url.get(file.url)) for file in planned]
     known = {file.url for file in run.plan.files}
     if not known & set(by_url) and len(found) == len(run.plan.files):
-        pairs = [(file, found[file.index]) for file in planned]  # The same corpus in another place: by order.
+        in_order = sorted(range(len(run.plan.files)), key=lambda index: run.plan.files[index].url)  # The same corpus in another place.
+        there = dict(zip(in_order, sorted(found, key=lambda file: file.url), strict=True))
+        pairs = [(file, there[file.index]) for file in planned]
         known = set(by_url)
     for extra in sorted(set(by_url) - known):
         findings.problem(f"{redact(extra)} is in the corpus but not in the run")

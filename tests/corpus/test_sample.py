@@ -57,11 +57,46 @@ def test_each_row_at_most_once_as_many_as_asked_for_and_inside_the_row_groups_na
 
 def test_a_sample_comes_from_all_over_the_corpus() -> None:
     files = [PlannedFile(index=index, url="x", size=1, version="v", group_rows=(1000,) * 10, rows=10_000) for index in range(8)]
-    taken = rows_of(sample.places(files, 320))
+    taken = rows_of(sample.places(files, 320, passed_over=0))
     assert len(taken) == 320
     assert {file for file, _ in taken} == set(range(8))
     assert len({(file, row // 1000) for file, row in taken}) == 32
     assert all(row % 1000 < 10 for _, row in taken), "the beginning of a row group is read, not more"
+
+
+def test_one_large_row_group_gives_rows_from_all_over_it_where_that_is_worth_the_reading() -> None:
+    files = [PlannedFile(index=0, url="x", size=1, version="v", group_rows=(640_000,), rows=640_000)]
+    near, far = (rows_of(sample.places(files, 320, passed_over=rows)) for rows in (sample.PASSED_OVER, 10**9))
+    assert {row for _, row in near} == set(range(320)), "20,000 rows would have to be passed over"
+    assert {row // 20_000 for _, row in far} == set(range(32))
+
+
+def test_what_a_sample_of_one_row_group_fetches_is_little_and_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of random letters, which hardly shrink: 12 MB in one row group."""
+    import random
+
+    from llmemb_ray.storage import Storage
+
+    random.seed(0)
+    texts = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=600)) for _ in range(30_000)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet", row_group_size=30_000, use_dictionary=False)
+    files = planned(tmp_path / "in")
+    fetched: list[int] = []
+    plain = Storage.read_range
+
+    def counted(storage: Storage, path: str, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return plain(storage, path, start, end)
+
+    monkeypatch.setattr(Storage, "read_range", counted)
+    table = sample.read(sample.places(files, 640, passed_over=0), Selection(text="text"), Access())
+    assert table["text"].to_pylist() == texts[:640]
+    assert sum(fetched) < files[0].size / 3, "the beginning"
+    fetched.clear()
+    table = sample.read(sample.places(files, 640), Selection(text="text"), Access())
+    assert table["text"].to_pylist() == [texts[row] for _, row in rows_of(sample.places(files, 640))]
+    assert sum(fetched) < files[0].size * 1.3, "all of it, once, though 32 places lie in it"
 
 
 @pytest.fixture

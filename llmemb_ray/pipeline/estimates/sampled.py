@@ -127,7 +127,7 @@ def take(job: Job, plan: Plan, rows: int | None = None) -> Sampled:
     table = sample.read(chosen, job.selection, job.access)
     place_of_row = _place_of_rows(chosen, table)
     table = table.drop_columns([sample.SOURCE_FILE, sample.SOURCE_ROW])
-    prepared = prepare_unit(job, Unit(0, 0, table.num_rows), table)
+    prepared = prepare_unit(replace(job, selection=replace(job.selection, filter=None)), Unit(0, 0, table.num_rows), table)
     texts, _ = job.selection.texts(table)
     prompter = job.spec.prompter(job.role)
     owner = prepared.accepted["source_row"].to_numpy()
