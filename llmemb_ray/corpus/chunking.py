@@ -40,6 +40,7 @@ def chunks(text: str, offsets: npt.NDArray[np.int64], chunking: Chunking) -> lis
     if count <= chunking.tokens:
         return [(0, len(text))]
     starts = np.maximum.accumulate(offsets[:, 0])
+    starts[0] = 0  # Whatever the tokenizer's normaliser leaves out before the first token is still text.
     sentences, words = _borders(text, starts, offsets[:, 1])
     found: list[Span] = []
     first = 0

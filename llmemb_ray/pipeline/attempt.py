@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.embedder import Embedder
@@ -82,7 +83,7 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, workshop: Workshop, *,
         embedded=len(np.unique(rows["source_row"].to_numpy())),
         rejected=rejected.num_rows,
         filtered=prepared.filtered,
-        null_ids=rows["id"].null_count if "id" in rows.column_names else 0,
+        null_ids=_null_ids(rows),
         vectors=rows.num_rows,
         copied=made.copied,
         reused=made.reused,
@@ -99,7 +100,7 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, workshop: Workshop, *,
         tokens_computed=made.work.computed,
         tokens_padding=made.work.padding,
         tokens_shared=made.work.shared,
-        tokens_copied=made.tokens - made.work.tokens,
+        tokens_copied=made.tokens_copied,
         truncated=int(np.count_nonzero(rows["truncated"].to_numpy())) if rows.num_rows else 0,
         token_budget=embedder.backend.budget.value,
         out_of_memory=made.work.out_of_memory,
@@ -137,6 +138,13 @@ def _unusable(vectors: npt.NDArray[np.float32], failed: dict[int, Any], precisio
     problems = {int(row): (NOT_FINITE, f"its vector is not finite in {written}") for row in np.flatnonzero(~finite)}
     problems |= {int(row): ("zero_vector", "its vector is zero") for row in np.flatnonzero(zero & finite)}
     return {row: problem for row, problem in problems.items() if row not in failed}
+
+
+def _null_ids(rows: pa.Table) -> int:
+    if "id" not in rows.column_names:
+        return 0
+    ids = rows.filter(pc.equal(rows["chunk"], 0))["id"] if "chunk" in rows.column_names else rows["id"]
+    return int(ids.null_count)
 
 
 def _of_texts(rows: pa.Table, problems: dict[int, tuple[str, str]]) -> tuple[dict[int, tuple[str, str]], npt.NDArray[np.bool_]]:

@@ -148,9 +148,7 @@ class EmbedUnits:
         self._failure: LlmembError | None = None
         try:
             self._embedder = Embedder(self._job.spec)
-            precision = calibrate.settled(
-                self._job, self._embedder, my_turn=lambda: ray.get(ledger.calibrates.remote(self._name)), on_pack=lambda *_: self._on_pack(0, 0)
-            )
+            precision = calibrate.settled(self._job, self._embedder, _Turns(ledger, self._name), on_pack=lambda *_: self._on_pack(0, 0))
             self._workshop = Workshop(precision=precision)
         except LlmembError as error:
             # Told by the first call: Ray would take an error here for a lost actor, and try again for long.
@@ -187,6 +185,19 @@ class EmbedUnits:
             self._ledger.add.remote(*self._pending)
             self._ledger.hello.remote(self._name)
             self._pending, self._reported = (0, 0), now
+
+
+class _Turns:
+    """Agreement on one calibration through the ledger."""
+
+    def __init__(self, ledger: Any, actor: str) -> None:
+        self._ledger, self._actor = ledger, actor
+
+    def mine(self) -> bool:
+        return bool(ray.get(self._ledger.calibrates.remote(self._actor)))
+
+    def agreed(self, made: str) -> str:
+        return str(ray.get(self._ledger.first_calibration.remote(made)))
 
 
 def _record(unit: str, commit: Commit | None, error: str | None, *, fatal: str | None = None) -> pa.Table:

@@ -18,7 +18,7 @@ class Execution:
         self._embedder = Embedder(job.spec)
         self._counts = [0, 0]
         self._stopping = False
-        self._workshop = Workshop(precision=calibrate.settled(job, self._embedder, my_turn=lambda: True))
+        self._workshop = Workshop(precision=calibrate.settled(job, self._embedder, calibrate.Alone()))
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
         """(unit, commit or None, error or None) of each unit, as it is done; those left when it is told to stop are not begun."""

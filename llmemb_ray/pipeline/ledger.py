@@ -34,6 +34,7 @@ class Ledger:
         self._tokens = 0
         self._seen: dict[str, float] = {}
         self._calibrator: str | None = None
+        self._calibration: str | None = None
         self._active: set[str] = set()
         self._stopping = False
 
@@ -48,6 +49,11 @@ class Ledger:
             self._calibrator = actor
         self.hello(actor)
         return self._calibrator == actor
+
+    def first_calibration(self, made: str) -> str:
+        """The calibration that was told here first: this one, or that of an actor that was quicker."""
+        self._calibration = self._calibration or made
+        return self._calibration
 
     def stop(self) -> None:
         """No unit is begun from now on."""

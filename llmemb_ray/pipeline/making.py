@@ -92,6 +92,7 @@ class Made:
     work: Work
     tokens: int
     """Of all prompts, copied ones included."""
+    tokens_copied: int = 0
     copied: int = 0
     reused: int = 0
     copies: Copies | None = None
@@ -115,20 +116,31 @@ class Making:
         copies = self.job.reuse.copies(rows["prompt_hash"]) if self.job.reuse and rows.num_rows else None
         todo = np.flatnonzero(~copies.found[owner]) if copies else np.arange(prompts.num_rows)
         vectors_MD = np.zeros((prompts.num_rows, self.embedder.dimension), np.float32)
-        copied = 0
+        again = np.zeros(0, np.int64)
         failed: Failures = {}
         if isolation is not None:
             work = self._isolated(todo, vectors_MD, failed, isolation)
         elif self.job.dedup:
-            work, copied = self._deduplicated(todo, vectors_MD, failed)
+            work, again = self._deduplicated(todo, vectors_MD, failed)
         else:
             work = self._embedded(todo, vectors_MD, failed)
-        tokens = int(self.prepared.tokens.lengths.sum())
+        lengths = self.prepared.tokens.lengths
+        earlier = np.setdiff1d(np.arange(prompts.num_rows), todo)
+        saved = int(lengths[again].sum() + lengths[earlier].sum())
         vectors, failures = _mean(vectors_MD, owner, rows.num_rows, failed, self.workshop.precision.normalized) if pooled else (vectors_MD, failed)
         if copies:
             vectors[copies.found] = copies.vectors[copies.found]
-        reused = prompts.num_rows - len(todo)
-        return Made(rows=rows, vectors=vectors, failed=failures, work=work, tokens=tokens, copied=copied, reused=reused, copies=copies)
+        return Made(
+            rows=rows,
+            vectors=vectors,
+            failed=failures,
+            work=work,
+            tokens=int(lengths.sum()),
+            tokens_copied=saved,
+            copied=len(again),
+            reused=len(earlier),
+            copies=copies,
+        )
 
     def _embedded(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> Work:
         """Embeds the prompts ``todo`` into their places in ``vectors``."""
@@ -139,17 +151,17 @@ class Making:
         failed |= {int(todo[row]): ("engine", detail) for row, detail in result.failed.items()}
         return result.work
 
-    def _deduplicated(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> tuple[Work, int]:
-        """The same with each prompt once; also the number of vectors copied."""
+    def _deduplicated(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> tuple[Work, npt.NDArray[np.int64]]:
+        """The same with each prompt once; also the prompts whose vector was copied and can be used."""
         hashes = [value.tobytes() for value in binary_digests(self.prepared.accepted["prompt_hash"])]
         first: dict[bytes, int] = {}
         later: list[tuple[int, int]] = []
-        known = 0
+        copied: list[int] = []
         for row in todo.tolist():
             vector = self.workshop.remembered.get(hashes[row])
             if vector is not None:
                 vectors[row] = vector
-                known += 1
+                copied.append(row)
             elif hashes[row] in first:
                 later.append((row, first[hashes[row]]))
             else:
@@ -159,10 +171,12 @@ class Making:
             vectors[row] = vectors[same]
             if same in failed:
                 failed[row] = failed[same]
+            elif np.isfinite(vectors[row]).all():
+                copied.append(row)
         for hash_, row in first.items():
             if row not in failed and np.isfinite(vectors[row]).all():
                 self.workshop.remembered.put(hash_, vectors[row])
-        return work, known + len(later)
+        return work, np.asarray(copied, np.int64)
 
     def _isolated(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures, isolation: Isolation) -> Work:
         """The same, range by range, without the rows that are known to kill the engine."""
@@ -193,15 +207,20 @@ def _texts(prompts: pa.Table) -> tuple[pa.Table, npt.NDArray[np.int64]]:
     return rows, owner
 
 
-def _mean(vectors_MD: Floats, owner: npt.NDArray[np.int64], texts: int, failed: Failures, normalized: bool) -> tuple[Floats, Failures]:
-    """The mean of each text's vectors, of norm 1 again where they had it; a text fails with the first of its chunks."""
+def mean_by(vectors_MD: Floats, owner: npt.NDArray[np.int64], texts: int, normalized: bool) -> Floats:
+    """float32 [texts, D]: the mean of each text's vectors; normalized: of norm 1."""
     total = np.zeros((texts, vectors_MD.shape[1]), np.float32)
     np.add.at(total, owner, vectors_MD)
     counts = np.maximum(np.bincount(owner, minlength=texts), 1).astype(np.float32)
     mean: Floats = np.divide(total, np.expand_dims(counts, 1), dtype=np.float32)
     if normalized:
         mean = np.divide(mean, np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+    return mean
+
+
+def _mean(vectors_MD: Floats, owner: npt.NDArray[np.int64], texts: int, failed: Failures, normalized: bool) -> tuple[Floats, Failures]:
+    """The mean of each text's vectors, of norm 1 again where they had it; a text fails with the first of its chunks."""
     failures: Failures = {}
     for row in sorted(failed):
         failures.setdefault(int(owner[row]), failed[row])
-    return mean, failures
+    return mean_by(vectors_MD, owner, texts, normalized), failures

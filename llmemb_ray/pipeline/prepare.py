@@ -23,16 +23,20 @@ from llmemb_ray.corpus.reading import read_units
 from llmemb_ray.corpus.sample import Place, places
 from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
 from llmemb_ray.embedders.embedder import EmbedderSpec
-from llmemb_ray.errors import LlmembError
+from llmemb_ray.errors import InputError, LlmembError
 from llmemb_ray.representation import Prompter, Role, TokenRows
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Precision
 from llmemb_ray.shards.reuse import Reuse
 from llmemb_ray.shards.schema import CHUNK_COLUMNS, REJECTS
-from llmemb_ray.storage import RETRIES, Access, Storage
+from llmemb_ray.storage import RETRIES, Access, Storage, redact
 
 CALIBRATION_ROWS = 2048
 """Rows of the sample that codes are calibrated with: of values like it, one in a thousand then lies outside the ranges."""
+
+
+FILTERED_TIMES = 16
+"""So many times more rows are read for it where a filter leaves some out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class Job:
     calibrates: bool
     calibration_places: list[Place] = field(repr=False)
     """Rows that a calibration is made of."""
+    rows: int
+    """Of the corpus."""
     chunking: Chunking | None
     dedup: bool
     reuse: Reuse | None
@@ -66,7 +72,10 @@ class Job:
             role=role,
             precision=plan.precision(None),
             calibrates=plan.calibrates,
-            calibration_places=places(plan.files, CALIBRATION_ROWS) if plan.calibrates else [],
+            calibration_places=places(plan.files, CALIBRATION_ROWS * (FILTERED_TIMES if plan.selection.filter else 1), passed_over=plan.rows)
+            if plan.calibrates
+            else [],
+            rows=plan.rows,
             chunking=Chunking(tokens=tokens, overlap=plan.corpus["chunk_overlap"], pool=plan.corpus["chunk_pool"]) if tokens else None,
             dedup=dedup,
             reuse=reuse,
@@ -179,6 +188,9 @@ def prepare(job: Job, task: ReadTask) -> Iterator[Prepared]:
                 prepared = prepare_unit(job, unit, table)
             except LlmembError as error:
                 prepared = _impossible(unit, error)
+            except pa.ArrowException as error:
+                rows = f"rows {unit.start} to {unit.start + unit.rows} of {redact(task.file.url)}"
+                prepared = _impossible(unit, InputError(f"{rows}: {error}; try fewer rows_per_unit"))
             yield prepared
     except LlmembError as error:
         for unit in left.values():
@@ -266,13 +278,13 @@ def prompt_hashes(rows: TokenRows) -> pa.FixedSizeBinaryArray:
 
 
 def _row_columns(selection: Selection, unit: Unit, numbered: pa.Table, rows: Any) -> dict[str, Any]:
-    taken = numbered.take(pa.array(rows))
+    place = pa.array(rows)
     columns: dict[str, Any] = {}
     if selection.id:
-        columns["id"] = column(taken, selection.id)
+        columns["id"] = column(numbered, selection.id).take(place)
     columns["source_file"] = pa.array(np.full(len(rows), unit.file, np.int32))
-    columns["source_row"] = taken["__source_row"]
-    return columns | {name: column(taken, name) for name in selection.keep}
+    columns["source_row"] = numbered["__source_row"].take(place)
+    return columns | {name: column(numbered, name).take(place) for name in selection.keep}
 
 
 def _id_texts(selection: Selection, table: pa.Table) -> list[Any] | None:

@@ -7,6 +7,7 @@ This module needs only the ``tokenizers`` library; it knows no model and no file
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,9 @@ IntArray = npt.NDArray[np.int32]
 
 ENCODE_ROWS = 4096
 """Rows handed to the tokenizer at once; bounds what its Python results hold."""
+
+OFFSETS_CHARACTERS = 2**20
+"""Characters handed to the tokenizer at once where offsets are wanted, which take some forty bytes a character."""
 
 FIRST_WINDOW_CHARACTERS_PER_TOKEN = 8
 """A text much longer than the token limit is first cut to so many characters a token, so that ten
@@ -125,10 +129,21 @@ class Prompter:
                 f"max_tokens: {self.max_tokens} leaves no room for text, the {role} template alone is {bare} tokens; raise max_tokens or shorten the template"
             )
 
-    def text_offsets(self, texts: list[str]) -> list[npt.NDArray[np.int64]]:
+    def text_offsets(self, texts: list[str]) -> Iterator[npt.NDArray[np.int64]]:
         """For each text int64 [T, 2]: first and last+1 character of each of its tokens, tokenised without the template."""
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [np.asarray(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings]
+        batch: list[str] = []
+        characters = 0
+        for text in texts:
+            batch.append(text)
+            characters += len(text)
+            if characters >= OFFSETS_CHARACTERS:
+                yield from self._offsets(batch)
+                batch, characters = [], 0
+        yield from self._offsets(batch)
+
+    def _offsets(self, texts: list[str]) -> Iterator[npt.NDArray[np.int64]]:
+        for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
+            yield np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
 
     def prompt(self, text: str) -> str:
         """The prompt of a text, before tokenisation and truncation."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmemb_ray.errors import NotFound, OutputError
+from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Storage, is_temporary
 
 DIRECTORY = "_llmemb/commits"
@@ -119,9 +120,7 @@ def read_all(storage: Storage) -> list[Commit]:
 def compact(storage: Storage, commits: list[Commit]) -> None:
     """Writes all commits into one file, then removes the single ones. Stopped in between, nothing is lost."""
     records: list[dict[str, Any]] = [asdict(commit) | {"reasons": json.dumps(commit.reasons)} for commit in commits]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(records, schema=_SCHEMA), sink, compression="ZSTD")
-    storage.put(COMPACTED, sink.getvalue())
+    storage.put(COMPACTED, parquet_bytes(pa.Table.from_pylist(records, schema=_SCHEMA)))
     storage.delete([entry.path for entry in storage.list(DIRECTORY)])
 
 

@@ -33,16 +33,22 @@ class Partitions:
         records["digest"] = digests
         if numbers is not None:
             records["number"] = numbers
-        first = np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)[:, 0] % COUNT
-        for partition in np.unique(first):
+        places = partition_of(digests)
+        for partition in np.unique(places):
             with open(self._paths[partition], "ab") as file:
-                file.write(records[first == partition].tobytes())
+                file.write(records[places == partition].tobytes())
 
     def __iter__(self) -> Iterator[tuple[Digests, npt.NDArray[np.int64]]]:
         """(digests, numbers) of each partition, empty ones included, in one order for all sets."""
         for path in self._paths:
             records = np.fromfile(path, self._RECORD) if path.exists() else np.zeros(0, self._RECORD)
             yield records["digest"], records["number"]
+
+
+def partition_of(digests: Digests) -> npt.NDArray[np.uint8]:
+    """uint8 [N]: the partition that each digest belongs to, by its first byte."""
+    partitions: npt.NDArray[np.uint8] = np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)[:, 0] % COUNT
+    return partitions
 
 
 def sortable(digests: Digests) -> npt.NDArray[Any]:

@@ -21,6 +21,7 @@ from llmemb_ray.errors import NotFound, OutputError, RunMismatch
 from llmemb_ray.representation.representation import Representation
 from llmemb_ray.representation.space import differences, digest
 from llmemb_ray.shards.precision import Calibration, Dtype, Precision
+from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Storage
 
 RECORD = "_llmemb/plan/plan.json"
@@ -151,10 +152,8 @@ class Plan:
             [file.problem for file in self.files],
             [file.generation for file in self.files],
         ]
-        sink = pa.BufferOutputStream()
         arrays = [pa.array(column, field.type) for column, field in zip(columns, _FILES_SCHEMA, strict=True)]
-        pq.write_table(pa.Table.from_arrays(arrays, schema=_FILES_SCHEMA), sink, compression="ZSTD")
-        files = sink.getvalue().to_pybytes()
+        files = parquet_bytes(pa.Table.from_arrays(arrays, schema=_FILES_SCHEMA))
         path = FILES.format(generation=self.generation)
         storage.put(path, files)
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "files"}

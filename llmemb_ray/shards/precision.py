@@ -92,19 +92,29 @@ class Calibration:
         """float32 [D]: width of one int8 code; 0 where the dimension never varied."""
         return ((self.high - self.low) / np.float32(255)).astype(np.float32)
 
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str | bytes, origin: str) -> Calibration:
+        """Raises OutputError naming ``origin``."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise OutputError(f"{origin} is not JSON: {error}") from error
+        return cls.from_dict(data, origin)
+
     def save(self, storage: Storage) -> None:
-        storage.put(PATH, json.dumps(self.to_dict()).encode())
+        storage.put(PATH, self.to_json().encode())
 
     @classmethod
     def load(cls, storage: Storage) -> Calibration | None:
         """The calibration in a run's OUT; None where there is none. Raises OutputError for a broken one."""
         try:
-            data = json.loads(storage.read(PATH))
+            data = storage.read(PATH)
         except NotFound:
             return None
-        except ValueError as error:
-            raise OutputError(f"{storage.display(PATH)} is not JSON: {error}") from error
-        return cls.from_dict(data, storage.display(PATH))
+        return cls.from_json(data, storage.display(PATH))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from llmemb_ray.shards.partitions import Partitions
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Precision
 from llmemb_ray.shards.run import OWN, Run
-from llmemb_ray.shards.schema import raw_values
+from llmemb_ray.shards.schema import parquet_bytes, raw_values
 from llmemb_ray.storage import Storage
 
 DIRECTORY = f"{OWN}/reuse"
@@ -61,10 +61,11 @@ def check(earlier: Run, plan: Plan) -> None:
     changed = [f"  {name}: that run has {there!r}, this one {here!r}" for name, here, there in differences(ours, theirs)]
     if earlier.plan.dtype not in (plan.dtype, "float32"):
         changed.append(f"  dtype: that run has {earlier.plan.dtype!r}, this one {plan.dtype!r}; only float32 can become another")
-    if not changed and plan.calibrates and earlier.plan.dtype == plan.dtype:
-        wanted = plan.engine["calibration"]
+    if earlier.plan.dtype == plan.dtype and earlier.plan.engine["centre"] != plan.engine["centre"]:
+        changed.append(f"  centre: that run has {earlier.plan.engine['centre']}, this one {plan.engine['centre']}")
+    elif not changed and plan.calibrates and earlier.plan.dtype == plan.dtype:
         calibration = earlier.precision.calibration
-        if calibration is None or wanted != calibration.digest:
+        if calibration is None or plan.engine["calibration"] != calibration.digest:
             changed.append(f"  calibration: that run's codes have other ranges; give --calibration {earlier.url}")
     if bool(plan.corpus["chunk_pool"] == "mean") != bool(earlier.plan.corpus["chunk_pool"] == "mean"):
         changed.append(f"  chunk_pool: that run has {earlier.plan.corpus['chunk_pool']!r}, this one {plan.corpus['chunk_pool']!r}")
@@ -72,23 +73,24 @@ def check(earlier: Run, plan: Plan) -> None:
         raise RunMismatch(f"reuse: vectors of {earlier.url} cannot be copied into this run:\n" + "\n".join(changed))
 
 
-def build_index(earlier: Run, output: Storage) -> None:
-    """Writes the index of a finished run's prompts into ``output``; nothing if it stands there already."""
+def build_index(earlier: Run, output: Storage) -> list[str]:
+    """Writes the index of a finished run's prompts into ``output``; nothing if it stands there already.
+
+    Returns the earlier run's shards that cannot be read, whose vectors are made anew.
+    """
     assert earlier.receipt is not None
     identity = {"run": earlier.url, "run_key": earlier.plan.run_key, "finished": earlier.receipt.finished}
     try:
         if json.loads(output.read(RECORD))["of"] == identity:
-            return
+            return []
     except NotFound:
         pass
     output.delete_tree(DIRECTORY)
-    shards = [commit.shard for commit in earlier.commits if commit.shard is not None]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"shard": pa.array(shards, pa.string())}), sink, compression="ZSTD")
-    output.put(SHARDS, sink.getvalue())
+    output.put(SHARDS, parquet_bytes(pa.table({"shard": pa.array(earlier.shard_paths, pa.string())})))
+    broken: list[str] = []
     with tempfile.TemporaryDirectory(prefix="llmemb-reuse-") as scratch:
         spread = Partitions(Path(scratch))
-        for shard, table in enumerate(earlier.light_tables(["prompt_hash"])):
+        for shard, table in enumerate(earlier.light_tables(["prompt_hash"], unreadable=broken)):
             digests = partitions.binary_digests(table["prompt_hash"])
             spread.add(digests, (np.int64(shard) << np.int64(32)) | np.arange(len(digests), dtype=np.int64))
         names = {}
@@ -100,6 +102,7 @@ def build_index(earlier: Run, output: Storage) -> None:
                 names[str(number)] = f"{DIRECTORY}/{number:02d}.bin"
                 output.put(names[str(number)], np.sort(entries, order="hash").tobytes())
     output.put(RECORD, json.dumps({"of": identity, "partitions": names}).encode())
+    return broken
 
 
 def _heads(digests: partitions.Digests) -> npt.NDArray[np.uint64]:
@@ -184,12 +187,12 @@ class _Index:
     def find(self, digests: partitions.Digests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(shard, row) of each digest by its first 8 bytes; −1 where there is none."""
         shards, rows = np.full(len(digests), -1, np.int64), np.zeros(len(digests), np.int64)
-        first = np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)[:, 0] % partitions.COUNT
-        for number in np.unique(first).tolist():
+        places = partitions.partition_of(digests)
+        for number in np.unique(places).tolist():
             part = self._parts.get(number)
             if part is None:
                 continue
-            here = np.flatnonzero(first == number)
+            here = np.flatnonzero(places == number)
             heads = _heads(digests[here])
             place = np.minimum(np.searchsorted(part["hash"], heads), len(part) - 1)
             hit = part["hash"][place] == heads
@@ -200,37 +203,43 @@ class _Index:
 def write_deletions(earlier: Run, run: Run) -> int:
     """Lists the rows of the earlier run that ``run`` no longer has, in ``_llmemb/deleted.parquet``, and returns how many.
 
-    A row is told by its id where both runs have one, else by its prompt.
+    A row is told by its id where both runs have ids of one type and it has one, else by its prompt. Shards of the earlier
+    run that cannot be read are passed over.
     """
-    by_id = bool(earlier.plan.selection.id and run.plan.selection.id)
-    key = "id" if by_id else "prompt_hash"
-    columns = list(dict.fromkeys([key, *(["id"] if earlier.plan.selection.id else []), "source_file", "source_row"]))
-
-    def digests(table: pa.Table) -> partitions.Digests:
-        return partitions.id_digests(table[key]) if by_id else partitions.binary_digests(table[key])
-
-    gone: list[tuple[int, int]] = []
+    by_id = bool(earlier.plan.selection.id and run.plan.selection.id) and earlier.plan.id_type == run.plan.id_type
+    chunked = ["chunk"] if earlier.plan.chunked else []
+    keys = ["id", "prompt_hash"] if by_id else ["prompt_hash"]
     with tempfile.TemporaryDirectory(prefix="llmemb-deleted-") as scratch:
         now, then = Partitions(Path(scratch) / "now"), Partitions(Path(scratch) / "then")
-        for table in run.light_tables([key]):
-            now.add(digests(table))
-        for number, table in enumerate(earlier.light_tables([key])):
-            kept = np.flatnonzero(table[key].is_valid().to_numpy()).astype(np.int64)
-            then.add(digests(table), (np.int64(number) << np.int64(32)) | kept)
-        for (here, _), (there, numbers) in zip(now, then, strict=True):
-            lacking = numbers[~np.isin(partitions.sortable(there), partitions.sortable(here))]
-            gone += [(int(number) >> 32, int(number) & 0xFFFFFFFF) for number in lacking]
-    if not gone:
-        run.storage.delete([DELETED])
+        for table in run.light_tables(keys):
+            now.add(_row_digests(table, by_id))
+        for number, table in enumerate(earlier.light_tables(keys, unreadable=[])):
+            digests = _row_digests(table, by_id)
+            then.add(digests, (np.int64(number) << np.int64(32)) | np.arange(len(digests), dtype=np.int64))
+        gone = [numbers[~np.isin(partitions.sortable(there), partitions.sortable(here))] for (here, _), (there, numbers) in zip(now, then, strict=True)]
+    places = np.sort(np.concatenate(gone))
+    run.storage.delete([DELETED])
+    if not len(places):
         return 0
-    rows_of: dict[int, list[int]] = {}
-    for shard, row in sorted(gone):
-        rows_of.setdefault(shard, []).append(row)
-    tables = [table.take(pa.array(rows_of[number])) for number, table in enumerate(earlier.light_tables(columns)) if number in rows_of]
+    shards, rows = places >> 32, places & 0xFFFFFFFF
+    columns = [*(["id"] if earlier.plan.selection.id else []), "source_file", "source_row", *chunked]
+    tables = []
+    for number, table in enumerate(earlier.light_tables(columns, unreadable=[])):
+        first, last = np.searchsorted(shards, [number, number + 1])
+        if first < last:
+            tables.append(table.take(pa.array(rows[first:last])))
     deleted = pa.concat_tables(tables)
-    if earlier.plan.chunked:
-        deleted = deleted.group_by([name for name in columns if name != "prompt_hash"], use_threads=False).aggregate([])
-    sink = pa.BufferOutputStream()
-    pq.write_table(deleted, sink, compression="ZSTD")
-    run.storage.put(DELETED, sink.getvalue())
+    if chunked:
+        deleted = deleted.drop_columns(chunked).group_by(columns[: -len(chunked)], use_threads=False).aggregate([])
+    run.storage.put(DELETED, parquet_bytes(deleted))
     return int(deleted.num_rows)
+
+
+def _row_digests(table: pa.Table, by_id: bool) -> partitions.Digests:
+    """V16 [N]: the digest of each row's id, of its prompt where it has none."""
+    digests = partitions.binary_digests(table["prompt_hash"])
+    if by_id:
+        has_id = table["id"].is_valid().to_numpy()
+        digests = digests.copy()
+        digests[has_id] = partitions.id_digests(table["id"])
+    return digests

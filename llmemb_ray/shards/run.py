@@ -61,12 +61,27 @@ class Run:
                 for table in read_groups(self.storage, commit.shard, columns):
                     yield commit, table
 
-    def light_tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        """Each committed shard's ``columns``, whole, in order; some are read ahead, so only for columns that are small."""
-        shards = [commit.shard for commit in self.commits if commit.shard is not None]
+    @property
+    def shard_paths(self) -> list[str]:
+        """Of the committed shards, in the order of their units."""
+        return [commit.shard for commit in self.commits if commit.shard is not None]
+
+    def light_tables(self, columns: list[str], *, unreadable: list[str] | None = None) -> Iterator[pa.Table]:
+        """Each committed shard's ``columns``, whole, in order; some are read ahead, so only for columns that are small.
+
+        unreadable: takes the paths of shards that are gone or broken, which then yield a table without rows and columns of their own type.
+        """
+        shards = self.shard_paths
 
         def whole(path: str) -> pa.Table:
-            return pa.concat_tables(read_groups(self.storage, path, columns))
+            try:
+                return pa.concat_tables(read_groups(self.storage, path, columns))
+            except OutputError:
+                if unreadable is None:
+                    raise
+                unreadable.append(path)
+                types = {"prompt_hash": pa.binary(16)}
+                return pa.table({name: pa.array([], types.get(name, pa.null())) for name in columns})
 
         with ThreadPoolExecutor(max_workers=LIST_THREADS) as pool:
             for start in range(0, len(shards), LIST_THREADS):

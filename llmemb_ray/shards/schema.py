@@ -95,7 +95,11 @@ def encode_shard(table: pa.Table, metadata: Mapping[str, Any], *, vector_bytes: 
 
 
 def encode_rejects(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
-    table = table.cast(REJECTS).replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+    return parquet_bytes(table.cast(REJECTS).replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()}))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A small table as a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="ZSTD")
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]

@@ -124,7 +124,7 @@ def test_settings_that_do_nothing_or_cannot_work_are_refused(varied: Path, tmp_p
 
 def test_a_corpus_without_one_usable_text_cannot_be_calibrated(tmp_path: Path, model: Path) -> None:
     corpus = write(tmp_path / "a.parquet", ["", "  ", None])
-    with pytest.raises(InputError, match="none of the 3 rows sampled to calibrate int8 codes can be embedded"):
+    with pytest.raises(InputError, match="of 3 rows sampled to calibrate int8 codes 0 can be embedded"):
         embed(corpus, tmp_path / "out", model, dtype="int8")
 
 
