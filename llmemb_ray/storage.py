@@ -76,7 +76,9 @@ def redact(url: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """Local paths absolute, URLs without a closing slash. Raises ConfigError for credentials inside a URL."""
+    """Local paths absolute, URLs without a closing slash, one name for one protocol. Raises ConfigError for credentials inside a URL."""
+    url = re.sub(r"^(file|local)://(?=/)", "", url)
+    url = re.sub(r"^s3a://", "s3://", url)
     if "://" not in url:
         return os.path.abspath(os.path.expanduser(url))
     if _USER_INFO.search(url):

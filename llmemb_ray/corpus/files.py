@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 import re
 import urllib.parse
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from llmemb_ray.storage import LIST_THREADS, Access, Storage, absolute, locate, 
 
 ENDINGS = (".parquet", ".pq", ".parq")
 _GLOB = re.compile(r"[*?\[]")
+_WHOLE = re.compile(r"-?\d{1,18}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +103,22 @@ def _partitions(path: str) -> tuple[tuple[str, str], ...]:
     return tuple((urllib.parse.unquote(key), urllib.parse.unquote(value)) for key, value in pairs)
 
 
-def partition_values(files: list[Found]) -> list[dict[str, Any]]:
-    """The partition columns of each file: integers where every value of a column is one, else strings."""
+def partition_values(files: list[Found], *, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The partition columns of each file: integers where every value of a column is one, else strings.
+
+    before: the partition columns of files that were there before, whose types stay. Raises InputError for a value that is no number among such.
+    """
     values: dict[str, set[str]] = {}
     for file in files:
         for key, value in file.partitions:
             values.setdefault(key, set()).add(value)
-    whole = {key for key, seen in values.items() if all(re.fullmatch(r"-?\d{1,18}", value) for value in seen)}
+    whole = {key for key, seen in values.items() if all(_WHOLE.fullmatch(value) for value in seen)}
+    settled = {key: isinstance(value, int) for partitions in before for key, value in partitions.items()}
+    whole = {key for key in whole | settled.keys() if settled.get(key, key in whole)}
+    for file in files:
+        for key, value in file.partitions:
+            if key in whole and not _WHOLE.fullmatch(value):
+                raise InputError(f"{redact(file.url)}: {key}={value} is no number, as it is for the files that the run has; embed it into another output")
     return [{key: int(value) if key in whole else value for key, value in file.partitions} for file in files]
 
 

@@ -8,6 +8,7 @@ What leaves an actor is a record of one row; vectors go from the actor straight 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -89,7 +90,7 @@ def shape(settings: EmbedSettings) -> Shape:
     wanted = parse_actors(settings.actors)
     gpus = settings.gpus_per_actor if settings.gpus_per_actor is not None else (1.0 if cluster_gpus else 0.0)
     if gpus:
-        return _gpu_shape(nodes, gpus, wanted)
+        return _gpu_shape(nodes, gpus, wanted, settings.cpus_per_actor)
     largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     threads = max(1, round(settings.cpus_per_actor or min(CPU_THREADS, largest)))
     room = sum(int(node.get("CPU", 0.0) // threads) for node in nodes)
@@ -104,7 +105,7 @@ def shape(settings: EmbedSettings) -> Shape:
     return Shape(least=least, most=most, gpus=0, cpus=threads * CPU_SHARE, threads=threads)
 
 
-def _gpu_shape(nodes: list[dict[str, float]], gpus: float, wanted: tuple[int, int] | None) -> Shape:
+def _gpu_shape(nodes: list[dict[str, float]], gpus: float, wanted: tuple[int, int] | None, wanted_cpus: float | None) -> Shape:
     places = [int(node.get("GPU", 0.0) / gpus + 1e-9) for node in nodes]
     room = sum(places)
     if not room and wanted is None:
@@ -112,7 +113,8 @@ def _gpu_shape(nodes: list[dict[str, float]], gpus: float, wanted: tuple[int, in
     least, most = wanted or (1, room)
     # Ray would reserve a whole core for each actor and could leave none to read and tokenise with.
     cores = [GPU_ACTOR_SHARE * node.get("CPU", 0.0) / place for node, place in zip(nodes, places, strict=True) if place]
-    return Shape(least=least, most=most, gpus=gpus, cpus=round(min([1.0, *cores]), 3), threads=None)
+    cpus = wanted_cpus if wanted_cpus is not None else round(min([1.0, *cores]), 3)
+    return Shape(least=least, most=most, gpus=gpus, cpus=cpus, threads=None)
 
 
 def read_and_tokenize(batch: pa.Table, job: Any, ledger: Any) -> Iterator[pa.Table]:
@@ -264,8 +266,9 @@ class Execution:
 
     def stop(self) -> None:
         """Begins no more units; those begun are still finished."""
-        ray.get(self.ledger.stop.remote())
         self._stopping = True
+        with contextlib.suppress(ray.exceptions.RayError):  # It is told again every second.
+            ray.get(self.ledger.stop.remote())
 
     def _drained_for_long(self) -> bool:
         """Whether the job stops, no unit is being worked on, and what was read already still comes through after a while."""

@@ -8,39 +8,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmemb_ray.config import EmbedSettings, parse_actors
-from llmemb_ray.corpus.columns import Selection
-from llmemb_ray.corpus.files import Found
 from llmemb_ray.embedders import models
-from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import ConfigError, LlmembError, OutputError, RunFailed, RunMismatch, RunStopped, UnhealthyVectors
-from llmemb_ray.pipeline import planning
-from llmemb_ray.pipeline.estimates.estimate import estimate
+from llmemb_ray.errors import OutputError, RunFailed, RunStopped, UnhealthyVectors
+from llmemb_ray.pipeline import opening, planning
 from llmemb_ray.pipeline.limits import Limits
+from llmemb_ray.pipeline.opening import Prospect
 from llmemb_ray.pipeline.prepare import Job, ReadTask
 from llmemb_ray.pipeline.progress import Counts, Reporter
-from llmemb_ray.representation.space import differences
 from llmemb_ray.shards import commits as commit_records
 from llmemb_ray.shards import lease, reuse
 from llmemb_ray.shards.commits import Commit
-from llmemb_ray.shards.plan import RECORD as PLAN_RECORD
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import PATH as CALIBRATION
 from llmemb_ray.shards.precision import Calibration
 from llmemb_ray.shards.receipt import COLLAPSED, NOT_FINITE, Receipt, make_receipt
-from llmemb_ray.shards.receipt import PATH as RECEIPT
 from llmemb_ray.shards.reuse import Reuse
 from llmemb_ray.shards.run import DATA, OWN, REJECTS, Run
-from llmemb_ray.storage import Storage, absolute, is_temporary
+from llmemb_ray.storage import Storage, is_temporary
 from llmemb_ray.written import command_line
 
 if TYPE_CHECKING:
     from llmemb_ray.pipeline.graph import Shape
 
 FAILURES_SHOWN = 5
+
+CLIPPED = 0.01
+"""Share of values clipped from which on a run is warned of; a sample of 2,048 vectors like the corpus leaves out 0.001."""
 
 BROKEN_SHARE, BROKEN_LEAST = 0.1, 100
 """A job stops at once when this share of its rows, and so many, have vectors that are not finite."""
@@ -70,7 +67,7 @@ def embed(input: str | list[str], output: str, *, model: str, quiet: bool = Fals
 def run(settings: EmbedSettings, *, quiet: bool = False) -> Receipt:
     """``embed`` for settings already made."""
     with Reporter(Counts(), quiet=quiet) as reporter:
-        prospect = look(settings)  # Before Ray is started: what is wrong with the input is told at once.
+        prospect = opening.look(settings)  # Before Ray is started: what is wrong with the input is told at once.
         if settings.trust_remote_code:
             reporter.say(f"trust_remote_code is set: Python code from {settings.model} runs in this job")
         if parse_actors(settings.actors) == (0, 0):
@@ -81,141 +78,47 @@ def run(settings: EmbedSettings, *, quiet: bool = False) -> Receipt:
             return _run(settings, prospect, shape, reporter)
 
 
-@dataclass(frozen=True)
-class Prospect:
-    """What is known of a job before any process is started for it."""
-
-    output: Storage
-    spec: EmbedderSpec
-    found: list[Found]
-    selection: Selection
-    calibration: Calibration | None
-    """Of another run, whose codes this one's are to mean the same as."""
-    earlier: Run | None
-    """The run that vectors are copied from."""
-
-
-def look(settings: EmbedSettings) -> Prospect:
-    """Settles the model and lists corpus and output. Raises ConfigError, InputError, ModelError or OutputError."""
-    output = Storage(absolute(settings.output), settings.access)
-    spec = settle(settings)
-    _check_chunks(settings, spec)
-    if settings.dtype == "ubinary" and spec.dimension % 8:
-        raise ConfigError(f"ubinary: {spec.dimension} dimensions are no whole number of bytes; keep {spec.dimension // 8 * 8} with dimensions")
-    found, selection = planning.find(settings)
-    if not settings.overwrite and not output.exists(PLAN_RECORD):
-        _refuse_foreign(output)
-    earlier = _other_run(settings.reuse, "reuse", settings) if settings.reuse else None
-    return Prospect(output, spec, found, selection, _calibration(settings, spec, earlier), earlier)
-
-
-def _check_chunks(settings: EmbedSettings, spec: EmbedderSpec) -> None:
-    """Raises ConfigError if chunks of the tokens asked for would be cut again to fit their prompts."""
-    if settings.chunk_tokens is None:
-        return
-    template, most = spec.prompter(settings.role).template_tokens, spec.representation.max_tokens
-    assert most is not None
-    if settings.chunk_tokens + template > most:
-        raise ConfigError(
-            f"chunk_tokens: {settings.chunk_tokens} tokens and the template's {template} are more than max_tokens={most}; chunks of {most - template} fit"
-        )
-
-
-def _other_run(url: str, setting: str, settings: EmbedSettings) -> Run:
-    try:
-        return Run(Storage(absolute(url), settings.access))
-    except OutputError as error:
-        raise OutputError(f"{setting}: {error}") from error
-
-
-def _calibration(settings: EmbedSettings, spec: EmbedderSpec, earlier: Run | None) -> Calibration | None:
-    """The calibration of the run that the settings name, or of the one whose codes are copied. Raises OutputError or RunMismatch."""
-    if settings.calibration:
-        other = _other_run(settings.calibration, "calibration", settings)
-    elif earlier is not None and earlier.plan.calibrates and (earlier.plan.dtype, earlier.plan.engine["centre"]) == (settings.dtype, settings.centre):
-        other = earlier
-    else:
-        return None
-    calibration = other.precision.calibration if other.plan.calibrates else None
-    if calibration is None:
-        raise OutputError(f"calibration: the run in {other.url} has none (its dtype is {other.plan.dtype}); name a run of int8 or centred ubinary")
-    changed = [f"  {name}: that run has {there!r}, this one {here!r}" for name, here, there in differences(spec.space.to_dict(), other.plan.space)]
-    if changed:
-        raise RunMismatch(f"calibration: the run in {other.url} is in another vector space:\n" + "\n".join(changed))
-    return calibration
-
-
 def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, reporter: Reporter) -> Receipt:
     started = time.monotonic()
-    output, found = prospect.output, prospect.found
     gpu = shape.on_gpu if shape else models.default_device() == "cuda"
-    spec = replace(prospect.spec, compute_dtype=models.resolve_dtype(prospect.spec.compute_dtype, "cuda" if gpu else "cpu"))
-    with lease.LeaseHolder(output, reporter.snapshot, waiting=reporter.say) as held:
-        if settings.overwrite:
-            clear(output)
-        plan = Plan.load(output)
-        sizing: dict[str, Any] = {"actors": shape.most if shape else 1, "gpu": gpu, "calibration": prospect.calibration}
-        if plan is None:
-            plan = planning.make_plan(settings, spec, found, prospect.selection, **sizing)
-            plan.save(output)
-            _save_estimate(settings, spec, plan, output, reporter)
-        elif settings.append:
-            plan = _append(plan, settings, spec, prospect, sizing, reporter)
-        else:
-            _require_same(plan, settings, spec, prospect)
-        receipt = Run(output).receipt
-        if receipt is None:
-            _warn_versions(plan, reporter)
-            _embed_units(settings, plan, spec, shape, prospect, reporter, held)
-            receipt = finish(plan, output, started, earlier=prospect.earlier)
+    compute_dtype = models.resolve_dtype(prospect.spec.compute_dtype, "cuda" if gpu else "cpu")
+    prospect = replace(prospect, spec=replace(prospect.spec, compute_dtype=compute_dtype))
+    with lease.LeaseHolder(prospect.output, reporter.snapshot, waiting=reporter.say) as held:
+        while True:
+            plan, waiting = opening.plan_of(settings, prospect, actors=shape.most if shape else 1, gpu=gpu, say=reporter.say)
+            receipt = Run(prospect.output).receipt
+            if receipt is None:
+                _warn_versions(plan, reporter)
+                _embed_units(settings, plan, shape, prospect, reporter, held)
+                _require_lease(held)
+                receipt = finish(plan, prospect.output, started, earlier=prospect.earlier)
+            if not waiting:
+                break
+    _warn_of_vectors(receipt, reporter)
+    receipt.check_health(settings.max_nan, prospect.output.url)
+    receipt.check_rejects(settings.max_reject_rate, settings.reject_floor, prospect.output.url)
+    return receipt
+
+
+def _require_lease(held: lease.LeaseHolder) -> None:
+    if held.lost:
+        raise OutputError(f"{held.lost}; this driver stops, what it committed stands")
+
+
+def _warn_of_vectors(receipt: Receipt, reporter: Reporter) -> None:
     if receipt.mean_cosine > COLLAPSED and receipt.vectors > 1:
         reporter.say(
             f"warning: the vectors are nearly all alike (mean cosine of pairs {receipt.mean_cosine:.3f}): they tell texts apart badly; "
             "look at the prompt, the pooling and the layer (llmemb report shows the vectors)"
         )
-    receipt.check_health(settings.max_nan, output.url)
-    receipt.check_rejects(settings.max_reject_rate, settings.reject_floor, output.url)
-    return receipt
-
-
-def _save_estimate(settings: EmbedSettings, spec: EmbedderSpec, plan: Plan, output: Storage, reporter: Reporter) -> None:
-    """Keeps what the run is expected to be, for the report to compare; a corpus that cannot be sampled is still embedded."""
-    try:
-        estimate(settings, spec, plan).save(output)
-    except LlmembError as error:
-        reporter.say(f"note: no estimate is kept with the run: {error}")
-
-
-def _append(plan: Plan, settings: EmbedSettings, spec: EmbedderSpec, prospect: Prospect, sizing: dict[str, Any], reporter: Reporter) -> Plan:
-    """The next generation of a finished run's plan, saved; the plan itself where there is nothing new."""
-    output, found = prospect.output, prospect.found
-    parts = planning.identity(settings, spec, plan.files, plan.selection, prospect.calibration)
-    plan.require_same(replace(plan, space=parts["space"], engine=parts["engine"], corpus=parts["corpus"]), output.url)
-    changed = [change for change in planning.file_changes(plan, found) if change.endswith(" changed")]
-    if changed:
-        shown = "\n".join(f"  {change}" for change in changed[:20])
-        raise OutputError(
-            f"append: files that the run in {output.url} has embedded are others now:\n{shown}\n"
-            "Bring the old files back, or embed the corpus into another output with --reuse, which copies what has not changed."
+    if receipt.clipped_share > CLIPPED:
+        reporter.say(
+            f"warning: {receipt.clipped_share:.1%} of the values lay outside the calibration's ranges and were clipped: its sample is unlike the corpus; "
+            "take the ranges of another run (calibration), or write float16"
         )
-    known = {file.url for file in plan.files}
-    new = [file for file in found if file.url not in known]
-    if not new:
-        reporter.say("append: the run has all files of the input already")
-        return plan
-    done = commit_records.committed_units(output)
-    missing = sum(unit.name not in done for unit in plan.units())
-    if missing:
-        raise OutputError(f"append: {missing} units of the run in {output.url} are not done; finish it first, with the command that began it")
-    extended = planning.make_plan(settings, spec, new, plan.selection, appended_to=plan, **sizing)
-    extended.save(output)
-    reporter.say(f"append: {len(new):,} new files with {extended.rows - plan.rows:,} rows")
-    return extended
 
 
-def _embed_units(
-    settings: EmbedSettings, plan: Plan, spec: EmbedderSpec, shape: Shape | None, prospect: Prospect, reporter: Reporter, held: lease.LeaseHolder
-) -> None:
+def _embed_units(settings: EmbedSettings, plan: Plan, shape: Shape | None, prospect: Prospect, reporter: Reporter, held: lease.LeaseHolder) -> None:
     """Runs every unit without a commit. Raises RunFailed if some could not be done, RunStopped at a deadline or budget."""
     counts, output = reporter.counts, prospect.output
     done = commit_records.committed_units(output)
@@ -228,8 +131,13 @@ def _embed_units(
         return
     if prospect.calibration is not None and Calibration.load(output) is None:
         prospect.calibration.save(output)
-    job = Job.of(plan, spec, output, settings.access, dedup=settings.dedup == "exact", reuse=_reuse(plan, prospect, reporter))
+    if plan.calibrates and done and Calibration.load(output) is None:
+        raise OutputError(
+            f"{output.display(CALIBRATION)} is gone, and the units that are committed were written with it; bring it back, or begin anew with overwrite"
+        )
+    job = Job.of(plan, prospect.spec, output, settings.access, dedup=settings.dedup == "exact", reuse=_reuse(plan, prospect, reporter))
     limits = Limits.of(settings, gpus=shape.gpus if shape else 0)
+    limits.tick(0 if shape else 1)
     execution: Execution
     if shape is None:
         from llmemb_ray.pipeline import inprocess
@@ -260,8 +168,7 @@ def _embed_units(
                 else:
                     failures[unit] = str(error)
                     counts.failed_units = len(failures)
-                if held.lost:
-                    raise OutputError(f"{held.lost}; this driver stops, what it committed stands")
+                _require_lease(held)
                 _stop_if_broken(counts.not_finite, counts.rows - committed_rows, settings.max_nan)
             if limits.reason:
                 break
@@ -310,10 +217,11 @@ def _reuse(plan: Plan, prospect: Prospect, reporter: Reporter) -> Reuse | None:
     earlier = prospect.earlier
     if earlier is None:
         return None
-    reuse.check(earlier, plan)
     assert earlier.receipt is not None
     reporter.say(f"reuse: looking for prompts among the {earlier.receipt.vectors:,} vectors of {earlier.url}")
-    reuse.build_index(earlier, prospect.output)
+    broken = reuse.build_index(earlier, prospect.output)
+    if broken:
+        reporter.say(f"note: {len(broken)} shards of {earlier.url} are gone or broken ({broken[0]} …); their vectors are made anew")
     return Reuse(earlier.storage, earlier.precision, prospect.output, raw=earlier.plan.dtype == plan.dtype)
 
 
@@ -324,7 +232,9 @@ def finish(plan: Plan, output: Storage, started: float, *, earlier: Run | None =
     """
     commits = commit_records.read_all(output)
     reused: dict[str, Any] = {}
-    if earlier is not None:
+    if earlier is None:
+        output.delete([reuse.DELETED])  # Of an earlier generation: what it lists may have come back.
+    else:
         deleted = reuse.write_deletions(earlier, Run(output))
         reused = {"run": earlier.url, "deleted": deleted, "list": reuse.DELETED if deleted else None}
     receipt = make_receipt(plan, commits, seconds_wall=time.monotonic() - started, versions=planning.versions(), finished=time.time(), reuse=reused)
@@ -339,39 +249,6 @@ def finish(plan: Plan, output: Storage, started: float, *, earlier: Run | None =
     output.delete_tree(reuse.DIRECTORY)
     receipt.save(output)
     return receipt
-
-
-def clear(output: Storage) -> None:
-    """Deletes a run: its own files and nothing else that stands beside them.
-
-    Receipt and commits go first and the plan last: stopped in between, what is left is a run that has nothing done yet.
-    """
-    output.delete([RECEIPT, commit_records.COMPACTED, CALIBRATION, reuse.DELETED])
-    for directory in (commit_records.DIRECTORY, DATA, REJECTS, reuse.DIRECTORY):
-        output.delete_tree(directory)
-    output.delete_tree(f"{OWN}/plan")
-
-
-def _refuse_foreign(output: Storage) -> None:
-    """Raises OutputError if there is something in the output that is not the beginning of a run."""
-    foreign = [entry.path for entry in output.list() if not entry.path.startswith(f"{OWN}/")]
-    if foreign:
-        raise OutputError(f"{output.url} is not empty ({foreign[0]} …) and holds no run of llmemb_ray; choose another output")
-
-
-def _require_same(plan: Plan, settings: EmbedSettings, spec: EmbedderSpec, prospect: Prospect) -> None:
-    """Raises RunMismatch if the settings and the corpus of now do not make the stored run's key."""
-    output, found = prospect.output, planning.in_order_of(plan, prospect.found)
-    parts = planning.identity(settings, spec, found, plan.selection, prospect.calibration)
-    asked = replace(plan, space=parts["space"], engine=parts["engine"], corpus=parts["corpus"])
-    changes = planning.file_changes(plan, found)
-    if changes and asked.run_key != plan.run_key:
-        shown = "\n".join(f"  {change}" for change in changes[:20])
-        raise OutputError(
-            f"the corpus is not the one that the run in {output.url} was planned for:\n{shown}\n"
-            "Bring the old files back, add new ones with --append, or embed the corpus into another output (--reuse copies what has not changed)."
-        )
-    plan.require_same(asked, output.url)
 
 
 def _warn_versions(plan: Plan, reporter: Reporter) -> None:

@@ -64,8 +64,7 @@ class Limits:
         def watch() -> None:
             while not ended.wait(TICK_SECONDS):
                 if self.tick(actors()):
-                    stop()
-                    return
+                    stop()  # Each time: who is told may have been started anew since.
 
         thread = threading.Thread(target=watch, name="llmemb-limits", daemon=True)
         if self.tick(actors()):

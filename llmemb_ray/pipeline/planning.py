@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -119,9 +120,9 @@ def make_plan(
     are; ``found`` then holds only new ones. Raises InputError naming every bad file.
     """
     footers = corpus_files.footers(found, settings.access)
-    partitions = corpus_files.partition_values(found)
+    partitions = corpus_files.partition_values(found, before=[file.partitions for file in appended_to.files] if appended_to else [])
     first = next((footer for footer in footers if isinstance(footer, Footer)), None)
-    if first is not None:
+    if first is not None and appended_to is None:
         selection = selection.with_default_id(first.schema)
     problems: dict[int, str] = {}
     types: dict[str, pa.DataType] | None = None
@@ -145,20 +146,24 @@ def make_plan(
         raise InputError("no file of the corpus can be read: " + _describe(found, problems))
     if selection.filter and first is not None:
         _check_filter(selection, first, partitions[0])
-    before = appended_to.files if appended_to else []
-    planned = [
-        _planned(len(before) + index, file, footer, partitions[index], problems.get(index), settings, spec, selection, gpu)
-        for index, (file, footer) in enumerate(zip(found, footers, strict=True))
-    ]
+    before = {file.url: file for file in appended_to.files} if appended_to else {}
+    indices = itertools.count(len(before))
+    planned: list[PlannedFile] = []
+    for file, footer, values in zip(found, footers, partitions, strict=True):
+        problem = problems.get(len(planned))
+        index = before[file.url].index if file.url in before else next(indices)
+        planned.append(_planned(index, file, footer, values, problem, settings, spec, selection, gpu))
     planned = _limited(planned, settings.limit_rows)
     rows = sum(file.rows for file in planned)
-    if rows == 0:
+    if rows == 0 and appended_to is None:
         raise InputError(f"the corpus has {len(found)} files but no rows; check the input paths")
     if settings.rows_per_unit is None:
         share = max(LEAST_ROWS, -(-rows // (UNITS_PER_ACTOR * max(1, actors))))
         planned = [replace(file, rows_per_unit=min(file.rows_per_unit, share)) for file in planned]
     if appended_to is not None:
-        planned = [*before, *(replace(file, generation=appended_to.generation + 1) for file in planned)]
+        by_index = {file.index: file for file in appended_to.files}
+        by_index |= {file.index: replace(file, generation=appended_to.generation + 1) for file in planned}  # A file mended since takes its own place.
+        planned = [by_index[index] for index in sorted(by_index)]
     parts = identity(settings, spec, planned, selection, calibration)
     return Plan(
         files=planned,
@@ -202,10 +207,15 @@ def _planned(
     assert spec.representation.max_tokens is not None
     template = len(spec.representation.form(settings.role).template)
     tokens = min(spec.representation.max_tokens, (text_bytes + template) / BYTES_PER_TOKEN)
+    chunks = 1.0
+    if settings.chunk_tokens:
+        chunks = max(1.0, text_bytes / BYTES_PER_TOKEN / (settings.chunk_tokens - settings.chunk_overlap))
+        tokens = min(tokens, settings.chunk_tokens + template / BYTES_PER_TOKEN)
+    held = vector_bytes(spec.dimension, settings.dtype if settings.chunk_pool == "none" else "float32")
     size = settings.rows_per_unit or rows_per_unit(
         text_bytes=text_bytes,
-        vector_bytes=vector_bytes(spec.dimension, settings.dtype) + 64,
-        flops_per_row=tokens * spec.model_flops,
+        vector_bytes=chunks * (held + 64),
+        flops_per_row=chunks * tokens * spec.model_flops,
         flops_per_second=GPU_FLOPS if gpu else CPU_FLOPS,
     )
     return replace(known, group_rows=footer.group_rows, rows=footer.rows, rows_per_unit=size)

@@ -52,10 +52,14 @@ class Copies:
         return Copies(self.found[rows], self.vectors[rows], None if self.raw is None else self.raw[rows])
 
 
-def check(earlier: Run, plan: Plan) -> None:
-    """Raises OutputError or RunMismatch, field by field, if a run's vectors cannot stand in the run of ``plan``."""
+def require_finished(earlier: Run) -> None:
+    """Raises OutputError if a run that vectors are to be copied from is not finished."""
     if earlier.receipt is None:
         raise OutputError(f"reuse: the run in {earlier.url} is not finished; finish it first, with the embed command that began it")
+
+
+def check(earlier: Run, plan: Plan) -> None:
+    """Raises RunMismatch, field by field, if a run's vectors cannot stand in the run of ``plan``."""
     ours = {"space": plan.space, "engine": {name: plan.engine[name] for name in ("backend", "compute_dtype", "quantization")}}
     theirs = {"space": earlier.plan.space, "engine": {name: earlier.plan.engine[name] for name in ours["engine"]}}
     changed = [f"  {name}: that run has {there!r}, this one {here!r}" for name, here, there in differences(ours, theirs)]

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from llmemb_ray.errors import ConfigError, InputError, OutputError, RunMismatch
 from llmemb_ray.pipeline import job
-from llmemb_ray.shards.plan import Plan
 from llmemb_ray.storage import Storage
 from tests.small_jobs import embed, opened, problems_of, rows_of, vectors_by_text_id, write
 
@@ -124,17 +124,74 @@ def test_a_new_file_of_another_schema_is_refused(grown: Path, tmp_path: Path, mo
         embed(grown, tmp_path / "out", model, rows_per_unit=5, append=True)
 
 
-def test_an_unfinished_run_is_not_appended_to(grown: Path, tmp_path: Path, model: Path) -> None:
+def test_units_that_an_earlier_command_left_are_done_before_more_files_are_added(grown: Path, tmp_path: Path, model: Path) -> None:
     run = opened(tmp_path / "out")
     run.storage.delete(["_llmemb/receipt.json"])
     from llmemb_ray.shards import commits
 
     commits.compact(run.storage, run.commits[1:])
-    with pytest.raises(OutputError, match=r"append: 1 units of the run in .* are not done; finish it first"):
+    receipt = embed(grown, tmp_path / "out", model, rows_per_unit=5, append=True)
+    assert (receipt.rows_embedded, receipt.generation) == (31, 1)
+    assert problems_of(tmp_path / "out", grown) == []
+
+
+def test_an_empty_file_may_be_among_the_new_ones(grown: Path, tmp_path: Path, model: Path) -> None:
+    (grown / "a.parquet").unlink()
+    write(grown / "d.parquet", pa.array([], pa.string()), id=pa.array([], pa.int64()))
+    receipt = embed(grown, tmp_path / "out", model, rows_per_unit=5, append=True)
+    assert (receipt.rows_embedded, receipt.generation) == (24, 1)
+
+
+def test_a_bad_file_that_was_left_out_is_taken_in_once_it_is_mended(tmp_path: Path, model: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", ["one"], id=[1])
+    (tmp_path / "in" / "b.parquet").write_bytes(b"broken")
+    embed(tmp_path / "in", tmp_path / "out", model, skip_bad_files=True)
+    again = embed(tmp_path / "in", tmp_path / "out", model, append=True, skip_bad_files=True)
+    assert (again.generation, len(again.bad_files)) == (0, 1)
+    write(tmp_path / "in" / "b.parquet", ["two"], id=[2])
+    receipt = embed(tmp_path / "in", tmp_path / "out", model, append=True)
+    assert (receipt.rows_embedded, receipt.generation, receipt.bad_files) == (2, 1, {})
+    assert problems_of(tmp_path / "out", tmp_path / "in") == []
+    assert embed(tmp_path / "in", tmp_path / "out", model).to_dict() == receipt.to_dict()
+
+
+def test_a_file_under_another_name_is_not_embedded_twice(grown: Path, tmp_path: Path, model: Path) -> None:
+    (grown / "b.parquet").rename(grown / "renamed.parquet")
+    with pytest.raises(OutputError, match=r"renamed\.parquet is the file that the run has embedded as .*/b\.parquet, which is gone"):
         embed(grown, tmp_path / "out", model, rows_per_unit=5, append=True)
-    plan = Plan.load(run.storage)
-    assert plan is not None
-    assert plan.generation == 0
+    (grown / "renamed.parquet").rename(grown / "b.parquet")
+    assert embed(f"file://{grown}", tmp_path / "out", model, rows_per_unit=5, append=True).rows_embedded == 31, "file:// is the same file"
+
+
+def test_partitions_keep_the_type_they_had(tmp_path: Path, model: Path) -> None:
+    """Their values stand in prompts: 01 must not become 1 because a file that was a text is not among the new ones."""
+    for day in ("01", "none"):
+        write(tmp_path / "in" / f"day={day}" / "x.parquet", ["same text"])
+    settings: dict[str, Any] = {"text_column": "{day}: {text}", "rows_per_unit": 5}
+    embed(tmp_path / "in", tmp_path / "out", model, **settings)
+    write(tmp_path / "in" / "day=01" / "y.parquet", ["same text"])
+    embed(tmp_path / "in", tmp_path / "out", model, append=True, **settings)
+    hashes = dict(zip(rows_of(tmp_path / "out")["source_file"].to_pylist(), rows_of(tmp_path / "out")["prompt_hash"].to_pylist(), strict=True))
+    names = [Path(file.url).parent.name + "/" + Path(file.url).name for file in opened(tmp_path / "out").plan.files]
+    by_name = {names[file]: hash_ for file, hash_ in hashes.items()}
+    assert by_name["day=01/x.parquet"] == by_name["day=01/y.parquet"] != by_name["day=none/x.parquet"]
+
+
+def test_an_appended_run_is_checked_against_its_corpus_in_another_place(grown: Path, tmp_path: Path, model: Path) -> None:
+    import shutil
+
+    embed(grown, tmp_path / "out", model, rows_per_unit=5, append=True)
+    shutil.copytree(grown, tmp_path / "moved", copy_function=shutil.copy2)
+    assert problems_of(tmp_path / "out", tmp_path / "moved") == []
+
+
+def test_a_lost_calibration_is_not_made_anew_beside_codes_of_the_old_one(tmp_path: Path, model: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", [f"text {row}" for row in range(20)], id=list(range(20)))
+    embed(tmp_path / "in", tmp_path / "out", model, dtype="int8")
+    (tmp_path / "out" / "_llmemb" / "calibration.json").unlink()
+    write(tmp_path / "in" / "b.parquet", ["more"], id=[100])
+    with pytest.raises(OutputError, match=r"calibration\.json is gone, and the units that are committed were written with it; bring it back"):
+        embed(tmp_path / "in", tmp_path / "out", model, dtype="int8", append=True)
 
 
 def test_append_refuses_what_makes_no_sense_beside_it(grown: Path, tmp_path: Path, model: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from llmemb_ray.errors import ConfigError, InputError, OutputError, RunMismatch
 from llmemb_ray.pipeline import calibrate
+from llmemb_ray.pipeline.ledger import Ledger
 from llmemb_ray.shards.precision import Calibration
 from llmemb_ray.shards.schema import metadata_of
 from llmemb_ray.storage import Storage
@@ -93,8 +94,10 @@ def test_two_runs_of_one_calibration_have_codes_that_mean_the_same(varied: Path,
     embed(other, tmp_path / "second", model, dtype="int8", calibration=str(first))
     assert calibration_of(tmp_path / "second").digest == calibration_of(first).digest
     embed(other, tmp_path / "second", model, dtype="int8", calibration=str(first))
-    with pytest.raises(RunMismatch, match=r"engine\.calibration: the run there has \"[0-9a-f]{64}\", asked for now \"own\""):
-        embed(other, tmp_path / "second", model, dtype="int8")
+    embed(other, tmp_path / "second", model, dtype="int8")
+    embed(other, tmp_path / "third", model, dtype="int8")
+    with pytest.raises(RunMismatch, match=r"engine\.calibration: the run there has \"[0-9a-f]{64}\", asked for now \"[0-9a-f]{64}\""):
+        embed(other, tmp_path / "second", model, dtype="int8", calibration=str(tmp_path / "third"))
 
 
 def test_another_runs_calibration_must_be_of_this_space_and_be_there(varied: Path, tmp_path: Path, model: Path) -> None:
@@ -120,6 +123,51 @@ def test_another_runs_calibration_must_be_of_this_space_and_be_there(varied: Pat
 def test_settings_that_do_nothing_or_cannot_work_are_refused(varied: Path, tmp_path: Path, model: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         embed(varied, tmp_path / "out", model, **settings)
+
+
+def test_a_filter_that_keeps_few_rows_finds_them_or_says_what_to_do(tmp_path: Path, model: Path) -> None:
+    corpus = write(tmp_path / "a.parquet", [f"text {row}" for row in range(6000)], id=list(range(6000)), row_group_size=6000)
+    receipt = embed(corpus, tmp_path / "some", model, dtype="int8", filter="id >= 5500", limit_rows=6000)
+    assert (receipt.rows_embedded, calibration_of(tmp_path / "some").rows) == (500, 500)
+    few = write(tmp_path / "b.parquet", [f"text {row}" for row in range(40_000)], id=list(range(40_000)), row_group_size=40_000)
+    with pytest.raises(
+        InputError, match=r"tells too little of the corpus; take the ranges of another run"
+    ):
+        embed(few, tmp_path / "few", model, dtype="int8", filter="id % 1000 = 0")
+
+
+def test_the_sample_is_taken_from_all_over_one_large_row_group(tmp_path: Path, model: Path) -> None:
+    """Sorted by kind, so that the first 2,048 rows are all of one."""
+    texts = [f"{SENTENCES[row // 1000]} {row}" for row in range(8000)]
+    corpus = write(tmp_path / "a.parquet", texts, id=list(range(8000)), row_group_size=8000)
+    receipt = embed(corpus, tmp_path / "out", model, dtype="int8")
+    assert receipt.clipped_share < 0.005
+
+
+def test_of_long_texts_a_bounded_number_of_chunks_is_embedded(tmp_path: Path, model: Path) -> None:
+    long = " ".join(f"Sentence number {number} is here." for number in range(300))
+    ready = settled(write(tmp_path / "a.parquet", [long] * 300), tmp_path / "out", model, dtype="int8", chunk_tokens=24)
+    counted: list[int] = []
+    calibrate.measure(ready.job, ready.embedder(), lambda rows, _: counted.append(rows))
+    assert 2048 <= sum(counted) < 64 * 200 * 2, "of 300 texts with more than 100 chunks each"
+
+
+def test_pooled_vectors_are_calibrated_as_they_are_written(tmp_path: Path, model: Path) -> None:
+    texts = ["".join(f"{SENTENCES[(row + k) % 11]} " for k in range(6)) for row in range(400)]
+    corpus = write(tmp_path / "a.parquet", texts, id=list(range(400)))
+    pooled: dict[str, Any] = {"chunk_tokens": 24, "chunk_pool": "mean"}
+    embed(corpus, tmp_path / "float", model, **pooled)
+    embed(corpus, tmp_path / "out", model, dtype="int8", **pooled)
+    exact = np.stack(list(decoded(tmp_path / "float").values()))
+    calibration = calibration_of(tmp_path / "out")
+    np.testing.assert_allclose(calibration.high - calibration.low, exact.max(axis=0) - exact.min(axis=0), atol=1e-4)
+
+
+def test_what_was_made_first_counts_even_if_a_slower_process_comes_after() -> None:
+    """Two processes that both think it is their turn: the ledger's answer is the same for both."""
+    ledger = Ledger(max_attempts=3)
+    assert ledger.first_calibration("quick") == "quick"
+    assert ledger.first_calibration("slow") == "quick"
 
 
 def test_a_corpus_without_one_usable_text_cannot_be_calibrated(tmp_path: Path, model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from llmemb_ray.corpus.units import SHARD_BYTES
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.errors import ConfigError, RunMismatch
-from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, vectors_by_text_id, write
+from llmemb_ray.pipeline import planning
+from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, write
 from tests.small_models import make_model, tokenizer_of
 
 SENTENCES = [
@@ -99,7 +102,6 @@ def test_verify_finds_a_chunk_that_is_missing(documents: Path, tmp_path: Path, m
     middle = table["chunk"].to_pylist().index(1)
     pq.write_table(table.take([row for row in range(table.num_rows) if row != middle]), path)
     import hashlib
-    from dataclasses import replace
 
     from llmemb_ray.shards import commits
 
@@ -116,7 +118,7 @@ def test_verify_finds_a_chunk_that_is_missing(documents: Path, tmp_path: Path, m
         ({"chunk_overlap": 3}, "chunk_tokens"),
         ({"chunk_pool": "mean"}, "chunk_tokens"),
         ({"chunk_tokens": 10, "chunk_overlap": 6}, "half of chunk_tokens=10"),
-        ({"chunk_tokens": 250}, r"chunk_tokens: 250 .* max_tokens=256"),
+        ({"chunk_tokens": 250}, r"chunk_tokens: 250 .* max_tokens=256; chunks of up to \d+ fit"),
     ],
 )
 def test_chunks_that_cannot_be_are_refused_before_anything_starts(documents: Path, tmp_path: Path, model: Path, settings: dict[str, Any], said: str) -> None:
@@ -129,3 +131,22 @@ def test_other_chunks_are_another_run(documents: Path, tmp_path: Path, model: Pa
     embed(documents, tmp_path / "out", model, **CHUNKED)
     with pytest.raises(RunMismatch, match="chunk_tokens: the run there has 40, asked for now 41"):
         embed(documents, tmp_path / "out", model, **(CHUNKED | {"chunk_tokens": 41}))
+
+
+def test_long_texts_in_many_chunks_are_not_copied_for_each(tmp_path: Path, model: Path) -> None:
+    """600 kB in some thousand chunks: a copy of the text for each would be gigabytes, more than Arrow holds in one column."""
+    long = " ".join(f"word{number} is here." for number in range(34_000))
+    assert len(long) > 600_000
+    receipt = embed(write(tmp_path / "a.parquet", [long], id=[1]), tmp_path / "out", model, chunk_tokens=128, layer=0)
+    assert (receipt.rows_embedded, receipt.truncated) == (1, 0)
+    assert receipt.vectors > 1000
+
+
+def test_units_of_chunked_texts_are_sized_by_their_chunks(tmp_path: Path, model: Path) -> None:
+    """10,000 characters are 2,500 tokens as the plan reckons, so 157 chunks of 16; their vectors must fit into a shard."""
+    corpus = write(tmp_path / "a.parquet", [f"{row} " + "word " * 2000 for row in range(3000)], row_group_size=3000)
+    ready = settled(corpus, tmp_path / "out", model, chunk_tokens=16)
+    found, selection = planning.find(ready.settings)
+    plan = planning.make_plan(ready.settings, replace(ready.spec, dimension=4096, model_flops=1.0), found, selection, actors=1, gpu=False)
+    largest = max(unit.rows for unit in plan.units())
+    assert 0.5 * SHARD_BYTES < largest * (2500 / 16) * 4096 * 4 <= SHARD_BYTES

@@ -15,7 +15,7 @@ import pytest
 import llmemb_ray
 from llmemb_ray import cli
 from llmemb_ray.errors import LlmembError, OutputError, RejectsExceeded, RunFailed, RunMismatch
-from llmemb_ray.pipeline import job
+from llmemb_ray.pipeline import job, opening
 from llmemb_ray.shards import commits
 from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
@@ -339,7 +339,7 @@ def test_an_overwriting_that_is_stopped_leaves_nothing_that_passes_for_done(corp
             super().delete_tree(path)
 
     with pytest.raises(KeyboardInterrupt):
-        job.clear(Stopped(str(output)))
+        opening.clear(Stopped(str(output)))
     again = llmemb_ray.embed(str(corpus), str(output), **settings)
     assert (again.rows_embedded, again.units) == (first.rows_embedded, first.units)
     assert again.finished > first.finished

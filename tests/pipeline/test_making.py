@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import llmemb_ray
-from llmemb_ray.errors import OutputError, RunMismatch
+from llmemb_ray.errors import ConfigError, OutputError, RunMismatch
 from llmemb_ray.pipeline.making import Remembered
 from llmemb_ray.storage import Storage
 from tests.s3_server import S3Server
@@ -202,15 +203,85 @@ def test_what_is_no_finished_run_is_refused_by_name(earlier: Path, changed: Path
         embed(changed, tmp_path / "out3", model, reuse=str(tmp_path / "other-version"))
 
 
-def test_a_shard_of_the_earlier_run_that_is_gone_fails_by_name_and_the_run_goes_on_without_reuse(
-    earlier: Path, changed: Path, tmp_path: Path, model: Path
-) -> None:
-    for commit in opened(earlier).commits:
-        Storage(str(earlier)).delete([str(commit.shard)])
-    with pytest.raises(OutputError, match=r"earlier/data/.* is named by a commit but is not there; run verify"):
-        embed(changed, tmp_path / "out", model, reuse=str(earlier))
-    receipt = embed(changed, tmp_path / "out", model)
-    assert (receipt.rows_embedded, receipt.reused) == (29, 0)
+def test_of_a_damaged_run_what_is_sound_is_copied(earlier: Path, changed: Path, tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first, second, *_ = opened(earlier).commits
+    Storage(str(earlier)).delete([str(first.shard)])
+    (earlier / str(second.shard)).write_bytes(b"no longer Parquet")
+    receipt = embed(changed, tmp_path / "out", model, reuse=str(earlier), quiet=False)
+    assert 0 < receipt.reused < 22
+    assert receipt.rows_embedded == 29
+    assert "2 shards of" in capfd.readouterr().err
+    assert problems_of(tmp_path / "out", changed) == []
+    embed(changed, tmp_path / "plain", model)
+    found, plain = vectors_by_text_id(tmp_path / "out"), vectors_by_text_id(tmp_path / "plain")
+    assert max(float(np.abs(found[id_] - plain[id_]).max()) for id_ in plain) <= 1e-5
+
+
+def test_centred_bits_are_never_copied_among_bare_ones(earlier: Path, tmp_path: Path, model: Path) -> None:
+    embed(tmp_path / "old", tmp_path / "centred", model, dtype="ubinary", centre=True)
+    with pytest.raises(RunMismatch, match="centre: that run has True, this one False"):
+        embed(tmp_path / "old", tmp_path / "bare", model, dtype="ubinary", reuse=str(tmp_path / "centred"))
+    assert not (tmp_path / "bare" / "_llmemb" / "plan").exists(), "nothing is left that stands in the way of the right command"
+
+
+def test_reuse_of_the_output_itself_is_refused_before_anything_is_deleted(earlier: Path, changed: Path, model: Path) -> None:
+    before = {path.name for path in (earlier / "data").iterdir()}
+    with pytest.raises(ConfigError, match="reuse: names the output itself"):
+        embed(changed, earlier, model, reuse=str(earlier), overwrite=True)
+    assert {path.name for path in (earlier / "data").iterdir()} == before
+
+
+def test_a_refused_reuse_leaves_the_run_that_was_to_be_overwritten(earlier: Path, changed: Path, tmp_path: Path, model: Path) -> None:
+    embed(changed, tmp_path / "out", model)
+    before = {path.name for path in (tmp_path / "out" / "data").iterdir()}
+    with pytest.raises(RunMismatch):
+        embed(changed, tmp_path / "out", model, reuse=str(earlier), pooling="mean", overwrite=True)
+    assert {path.name for path in (tmp_path / "out" / "data").iterdir()} == before
+
+
+def test_rows_without_an_id_and_ids_of_another_type_are_told_by_their_prompts(tmp_path: Path, model: Path) -> None:
+    embed(write(tmp_path / "a.parquet", ["one", "two", "three", "four"], id=pa.array([1, None, None, 4])), tmp_path / "first", model)
+    some = embed(write(tmp_path / "b.parquet", ["one", "two"], id=pa.array([1, None])), tmp_path / "second", model, reuse=str(tmp_path / "first"))
+    assert some.reuse["deleted"] == 2
+    deleted = pq.read_table(tmp_path / "second" / "_llmemb" / "deleted.parquet").to_pylist()
+    assert sorted((row["source_row"], row["id"]) for row in deleted) == [(2, None), (3, 4)]
+    texts = write(tmp_path / "c.parquet", ["one", "two", "three"], id=["1", "2", "3"])
+    assert embed(texts, tmp_path / "third", model, reuse=str(tmp_path / "first")).reuse["deleted"] == 1
+
+
+def test_a_list_of_deletions_does_not_outlive_the_generation_it_was_made_for(tmp_path: Path, model: Path) -> None:
+    embed(write(tmp_path / "old" / "a.parquet", ["one", "two"], id=[1, 2]), tmp_path / "first", model)
+    write(tmp_path / "new" / "a.parquet", ["one"], id=[1])
+    embed(tmp_path / "new", tmp_path / "out", model, reuse=str(tmp_path / "first"))
+    assert (tmp_path / "out" / "_llmemb" / "deleted.parquet").exists()
+    write(tmp_path / "new" / "b.parquet", ["two"], id=[2])
+    receipt = embed(tmp_path / "new", tmp_path / "out", model, append=True)
+    assert receipt.reuse == {}
+    assert not (tmp_path / "out" / "_llmemb" / "deleted.parquet").exists(), "row 2 is in the run again"
+
+
+def test_codes_with_ranges_of_a_run_that_is_gone_are_continued_and_appended_to(tmp_path: Path, model: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", [f"text {row}" for row in range(20)], id=list(range(20)))
+    embed(tmp_path / "in", tmp_path / "first", model, dtype="int8")
+    embed(tmp_path / "in", tmp_path / "out", model, dtype="int8", reuse=str(tmp_path / "first"))
+    shutil.rmtree(tmp_path / "first")
+    assert embed(tmp_path / "in", tmp_path / "out", model, dtype="int8").reused == 20
+    write(tmp_path / "in" / "b.parquet", ["more"], id=[100])
+    assert embed(tmp_path / "in", tmp_path / "out", model, dtype="int8", append=True).rows_embedded == 21
+
+
+def test_copied_rows_are_counted_and_failed_ones_are_not(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = tokenizer_of(["#", *SENTENCES])
+    directory = make_model(tmp_path / "model", tokenizer=tokenizer)
+    weights = load_file(directory / "model.safetensors")
+    weights["embed_tokens.weight"][tokenizer.convert_tokens_to_ids("#")] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    corpus = write(tmp_path / "in.parquet", ["#", "#", "b", "b", "b"])
+    receipt = embed(corpus, tmp_path / "out", directory, dedup="exact", prompt="none", max_nan=2, max_reject_rate=1.0)
+    lengths = {row["source_row"]: row["n_tokens"] for row in rows_of(tmp_path / "out").to_pylist()}
+    assert (receipt.copied, receipt.tokens_copied) == (2, lengths[3] + lengths[4])
 
 
 def test_an_earlier_run_in_object_storage_serves_one_beside_it(s3: S3Server, changed: Path, tmp_path: Path, model: Path) -> None:
