@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmemb_ray.pipeline.job import embed
     from llmemb_ray.pipeline.stage import EmbedStage
     from llmemb_ray.representation.representation import Representation
-    from llmemb_ray.search.exact import search
+    from llmemb_ray.search.exact import search as search_run
     from llmemb_ray.shards.export import export
     from llmemb_ray.shards.receipt import Receipt
     from llmemb_ray.shards.run import Run, open_run
@@ -38,17 +38,18 @@ _PLACES = {
     "embed": "llmemb_ray.pipeline.job",
     "export": "llmemb_ray.shards.export",
     "open_run": "llmemb_ray.shards.run",
-    "search": "llmemb_ray.search.exact",
+    "search_run": "llmemb_ray.search.exact:search",
     "verify": "llmemb_ray.shards.verify",
 }
 
-__all__ = ["EmbedStage", "Embedder", "LlmembError", "Receipt", "Representation", "Run", "__version__", "embed", "export", "open_run", "search", "verify"]
+__all__ = ["EmbedStage", "Embedder", "LlmembError", "Receipt", "Representation", "Run", "__version__", "embed", "export", "open_run", "search_run", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    module, _, attribute = _PLACES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:

@@ -198,10 +198,6 @@ class Storage:
     def url(self) -> str:
         return redact(self._url)
 
-    @property
-    def is_local(self) -> bool:
-        return bool(self._local)
-
     def child(self, path: str) -> Storage:
         return Storage(posixpath.join(self._url.rstrip("/"), path), self.access)
 

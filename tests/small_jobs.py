@@ -21,7 +21,7 @@ from llmemb_ray.pipeline.prepare import Job, Prepared, ReadTask, prepare
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.receipt import Receipt
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import vectors_of
+from llmemb_ray.shards.schema import raw_values
 from llmemb_ray.storage import Access, Storage
 
 
@@ -45,6 +45,11 @@ def decoded(output: Path) -> dict[Any, npt.NDArray[np.float32]]:
     """The run's vectors by id, whatever their dtype."""
     run = opened(output)
     return {id_: vector for _, table in run.shards() for id_, vector in zip(table["id"].to_pylist(), run.precision.decode(table["embedding"]), strict=True)}
+
+
+def vectors_of(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.float32]:
+    """float32 [N, D] of an ``embedding`` column of floats."""
+    return raw_values(column).astype(np.float32)
 
 
 def rows_of(output: Path) -> pa.Table:

@@ -84,7 +84,7 @@ def test_many_queries_are_searched_on_the_cluster(cluster: RayCluster, s3: S3Ser
     assert len(hits) == 3 * len(queries)
     best = [hit for hit in hits if hit["rank"] == 1]
     assert [texts[hit["id"]] for hit in best] == queries
-    here = llmemb_ray.search(Run(Storage(s3.url("out"), s3.access())), queries, top_k=3)
+    here = llmemb_ray.search_run(Run(Storage(s3.url("out"), s3.access())), queries, top_k=3)
     assert [hit["id"] for hit in hits] == [hit.id for found in here for hit in found]
 
 

@@ -30,7 +30,7 @@ def test_the_public_names_are_these() -> None:
         "embed",
         "export",
         "open_run",
-        "search",
+        "search_run",
         "verify",
     ]
     assert dir(llmemb_ray) == llmemb_ray.__all__
@@ -40,6 +40,14 @@ def test_the_public_names_are_these() -> None:
 def test_each_public_name_is_there_and_documented(name: str) -> None:
     found = getattr(llmemb_ray, name)
     assert name == "__version__" or found.__doc__
+
+
+def test_no_public_name_is_hidden_by_a_module_of_its_name() -> None:
+    """Importing a subpackage sets its name on the package."""
+    code = "import pkgutil, importlib, types, llmemb_ray\n"
+    code += "for module in pkgutil.iter_modules(llmemb_ray.__path__, 'llmemb_ray.'):\n    importlib.import_module(module.name)\n"
+    code += "assert not [name for name in llmemb_ray.__all__ if isinstance(getattr(llmemb_ray, name), types.ModuleType)]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:

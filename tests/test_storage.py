@@ -272,7 +272,6 @@ def test_storage_goes_to_another_process(tmp_path: Path, s3: S3Server) -> None:
 
 def test_s3_put_read_list_delete(s3: S3Server) -> None:
     storage = Storage(s3.url("out"), s3.access())
-    assert not storage.is_local
     assert storage.list() == []
     assert not storage.exists()
     for path in ("data/a.parquet", "data/b.parquet", "plan/c.json"):

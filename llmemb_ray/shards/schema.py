@@ -53,11 +53,6 @@ def embedding_column(values: npt.NDArray[Any], dtype: str) -> pa.FixedSizeListAr
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), type=_VALUE_TYPES[dtype]), values.shape[1])
 
 
-def vectors_of(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.float32]:
-    """float32 [N, D] of an ``embedding`` column of floats. Codes are read through ``precision.Precision.decode``."""
-    return raw_values(column).astype(np.float32, copy=False)
-
-
 def raw_values(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
     """[N, list size] of an ``embedding`` column as it is stored: floats, codes or bytes of bits."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -20,8 +20,8 @@ from llmemb_ray.pipeline import attempt, job
 from llmemb_ray.pipeline.making import Isolation
 from llmemb_ray.pipeline.prepare import Prepared
 from llmemb_ray.shards.commits import Commit
-from llmemb_ray.shards.schema import metadata_of, vectors_of
-from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, write
+from llmemb_ray.shards.schema import metadata_of
+from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, vectors_of, write
 from tests.small_models import make_model, tokenizer_of
 
 

@@ -18,8 +18,8 @@ from llmemb_ray.errors import ConfigError, InputError, LlmembError, ModelError, 
 from llmemb_ray.shards import commits
 from llmemb_ray.shards.receipt import Receipt
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import vectors_of
 from tests.faulty_fs import FAULTS, FOREVER
+from tests.small_jobs import vectors_of
 
 
 @pytest.fixture(autouse=True)

@@ -130,9 +130,7 @@ def test_a_filter_that_keeps_few_rows_finds_them_or_says_what_to_do(tmp_path: Pa
     receipt = embed(corpus, tmp_path / "some", model, dtype="int8", filter="id >= 5500", limit_rows=6000)
     assert (receipt.rows_embedded, calibration_of(tmp_path / "some").rows) == (500, 500)
     few = write(tmp_path / "b.parquet", [f"text {row}" for row in range(40_000)], id=list(range(40_000)), row_group_size=40_000)
-    with pytest.raises(
-        InputError, match=r"tells too little of the corpus; take the ranges of another run"
-    ):
+    with pytest.raises(InputError, match=r"tells too little of the corpus; take the ranges of another run"):
         embed(few, tmp_path / "few", model, dtype="int8", filter="id % 1000 = 0")
 
 

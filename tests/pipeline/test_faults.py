@@ -21,10 +21,10 @@ import pytest
 import llmemb_ray
 from llmemb_ray.shards import commits
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.faulty_fs import FAULTS, FOREVER
+from tests.small_jobs import vectors_of
 
 DIED = 9
 

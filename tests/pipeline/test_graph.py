@@ -15,10 +15,10 @@ from llmemb_ray.errors import ModelError, RunFailed
 from llmemb_ray.pipeline import graph, planning
 from llmemb_ray.pipeline.prepare import Job
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.pipeline.poison import POISON
+from tests.small_jobs import vectors_of
 
 pytestmark = [pytest.mark.usefixtures("ray_with_fake_gpus"), pytest.mark.timeout(240)]
 

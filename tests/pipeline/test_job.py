@@ -17,11 +17,10 @@ from llmemb_ray import cli
 from llmemb_ray.errors import LlmembError, OutputError, RejectsExceeded, RunFailed, RunMismatch
 from llmemb_ray.pipeline import job, opening
 from llmemb_ray.shards import commits
-from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, write
+from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, vectors_of, write
 from tests.small_models import make_model
 
 

@@ -19,10 +19,10 @@ import pytest
 import llmemb_ray
 from llmemb_ray.errors import LeaseHeld
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.s3_server import S3Server
+from tests.small_jobs import vectors_of
 
 pytestmark = pytest.mark.timeout(300)
 

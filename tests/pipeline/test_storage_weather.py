@@ -9,11 +9,11 @@ import pytest
 
 import llmemb_ray
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.s3_proxy import BadDay
 from tests.s3_server import S3Server
+from tests.small_jobs import vectors_of
 
 
 def embed(server: S3Server, endpoint: str, output: str, model: Path) -> llmemb_ray.Receipt:

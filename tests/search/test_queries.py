@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmemb_ray.errors import ConfigError, InputError, NotFound
+from llmemb_ray.errors import ConfigError, InputError
 from llmemb_ray.search.queries import Queries, read_queries
 from llmemb_ray.storage import Storage
 from tests.s3_server import S3Server
@@ -80,7 +80,7 @@ def test_a_file_that_holds_no_queries_is_refused_where_it_fails(tmp_path: Path, 
 
 
 def test_a_file_that_is_not_there_and_columns_of_a_text_file(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"q\.txt"):
+    with pytest.raises(InputError, match=r"queries: .*q\.txt; check the path"):
         read_queries(str(tmp_path / "q.txt"))
     (tmp_path / "q.txt").write_text("a\n")
     with pytest.raises(ConfigError, match="has no columns"):

@@ -17,11 +17,11 @@ from llmemb_ray.shards import commits, lease
 from llmemb_ray.shards.lease import Lease
 from llmemb_ray.shards.receipt import PATH as RECEIPT
 from llmemb_ray.shards.run import Run, open_run
-from llmemb_ray.shards.schema import vectors_of
 from llmemb_ray.storage import Storage
 from tests.s3_server import S3Server
 from tests.shards.conftest import Finished
 from tests.shards.small_plan import commit_of, small_plan
+from tests.small_jobs import vectors_of
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

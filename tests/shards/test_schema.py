@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from llmemb_ray.shards import schema
+from tests.small_jobs import vectors_of
 
 METADATA = {"run_key": "r" * 64, "space": "s" * 64, "unit": "000000-000000000000", "attempt": "a" * 12}
 
@@ -36,14 +37,14 @@ def shard(vectors: np.ndarray, dtype: str, **columns: object) -> bytes:
 def test_float32_vectors_come_back_bit_for_bit(vectors: np.ndarray) -> None:
     table = pq.read_table(pa.BufferReader(shard(vectors, "float32")))
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), vectors.shape[1])
-    assert schema.vectors_of(table["embedding"]).tobytes() == vectors.tobytes()
+    assert vectors_of(table["embedding"]).tobytes() == vectors.tobytes()
 
 
 def test_float16_vectors_are_the_nearest_float16() -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     table = pq.read_table(pa.BufferReader(shard(vectors, "float16")))
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), 8)
-    np.testing.assert_array_equal(schema.vectors_of(table["embedding"]), vectors.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(vectors_of(table["embedding"]), vectors.astype(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize(("dtype", "encoding"), [("float32", "BYTE_STREAM_SPLIT"), ("float16", "PLAIN")])
@@ -101,9 +102,9 @@ def test_kept_columns_of_any_type_come_back() -> None:
 def test_vectors_of_a_slice_and_of_several_chunks() -> None:
     vectors = np.arange(24, dtype=np.float32).reshape(8, 3)
     column = pa.chunked_array([schema.embedding_column(vectors[:5], "float32"), schema.embedding_column(vectors[5:], "float32")])
-    np.testing.assert_array_equal(schema.vectors_of(column), vectors)
-    np.testing.assert_array_equal(schema.vectors_of(column.slice(3, 4)), vectors[3:7])
-    assert schema.vectors_of(column.slice(0, 0)).shape == (0, 3)
+    np.testing.assert_array_equal(vectors_of(column), vectors)
+    np.testing.assert_array_equal(vectors_of(column.slice(3, 4)), vectors[3:7])
+    assert vectors_of(column.slice(0, 0)).shape == (0, 3)
 
 
 def test_rejects_have_one_schema_and_their_run() -> None:

@@ -26,6 +26,7 @@ from llmemb_ray.shards.receipt import PATH as RECEIPT
 from llmemb_ray.shards.receipt import make_receipt
 from llmemb_ray.shards.verify import Level, verify
 from tests.shards.conftest import Finished
+from tests.small_jobs import vectors_of
 
 LEVELS: tuple[Level, ...] = ("quick", "sample", "full")
 
@@ -214,7 +215,7 @@ def test_a_broken_record_is_found_and_does_not_stop_the_check(finished: Finished
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 2.0])
 def test_a_vector_that_is_not_one_is_found(finished: Finished, value: float) -> None:
     def spoil(table: pa.Table) -> pa.Table:
-        vectors = schema.vectors_of(table["embedding"]).copy()
+        vectors = vectors_of(table["embedding"]).copy()
         vectors[3] = vectors[3] * value if value == 2.0 else value
         return with_vectors(table, vectors)
 
@@ -228,7 +229,7 @@ def test_a_vector_that_is_not_one_is_found(finished: Finished, value: float) -> 
 
 def test_vectors_of_another_shape_or_precision_or_null_are_found(finished: Finished) -> None:
     whole = pq.read_table(finished.output / str(finished.run.commits[1].shard))
-    vectors = schema.vectors_of(whole["embedding"])
+    vectors = vectors_of(whole["embedding"])
     path = rewrite(finished, 1, lambda table: with_vectors(table, vectors[:, :8]))
     assert_one(problems(finished), path, "the run writes 32 dimensions of float32")
     half = schema.embedding_column(vectors, "float16")
