@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from llmemb_ray import cli
 from tests.small_models import SENTENCES, make_model
 
 pytest_plugins = ["tests.s3_server"]
@@ -79,3 +80,20 @@ def corpus(tmp_path: Path) -> Path:
             texts[7], texts[23] = None, "   "
         pq.write_table(pa.table({"id": [f"{file}-{row}" for row in range(40)], "text": texts}), directory / f"part-{file}.parquet", row_group_size=15)
     return directory
+
+
+class Shown:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def llmemb(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: object) -> Shown:
+        code = cli.main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return Shown(code, shown.out, shown.err)
+
+    return run

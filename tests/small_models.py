@@ -98,3 +98,15 @@ def make_model(directory: Path, kind: str = "llama", *, tokenizer: Any = None, s
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def make_damaged_model(directory: Path, *, token: str = "#", value: float = float("nan")) -> Path:
+    """A model that works but for one token, whose embedding is ``value``; texts without it are sound."""
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = tokenizer_of([token, *SENTENCES])
+    make_model(directory, tokenizer=tokenizer)
+    weights = load_file(directory / "model.safetensors")
+    weights["embed_tokens.weight"][tokenizer.convert_tokens_to_ids(token)] = value
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

@@ -15,27 +15,11 @@ import yaml
 
 from llmemb_ray import cli
 from llmemb_ray.shards.receipt import Receipt
+from tests.conftest import Shown
 from tests.small_jobs import embed, opened, write
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(cli.llmemb.commands)
-
-
-class Shown:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def llmemb(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> Shown:
-        code = cli.main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return Shown(code, shown.out, shown.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

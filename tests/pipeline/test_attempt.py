@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file, save_file
 
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.pipeline import attempt, job
@@ -22,7 +20,7 @@ from llmemb_ray.pipeline.prepare import Prepared
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.schema import metadata_of
 from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, vectors_of, write
-from tests.small_models import make_model, tokenizer_of
+from tests.small_models import make_damaged_model
 
 
 def sentences(count: int) -> list[str]:
@@ -103,19 +101,11 @@ def test_a_unit_embedded_range_by_range_has_the_same_vectors_and_rejects_its_poi
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
     """Makes models in which the token of ``#`` has an embedding of one repeated value."""
-    tokenizer = tokenizer_of()
     root = tmp_path_factory.mktemp("damaged")
-    sound = make_model(root / "sound", tokenizer=tokenizer)
-    (token,) = tokenizer.encode("#", add_special_tokens=False)
 
     def make(value: float) -> Path:
         directory = root / str(value)
-        if not directory.exists():
-            shutil.copytree(sound, directory)
-            weights = load_file(directory / "model.safetensors")
-            weights["embed_tokens.weight"][token] = value
-            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        return directory
+        return directory if directory.exists() else make_damaged_model(directory, value=value)
 
     return make
 

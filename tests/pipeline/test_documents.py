@@ -15,7 +15,7 @@ from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.errors import ConfigError, RunMismatch
 from llmemb_ray.pipeline import planning
 from tests.small_jobs import embed, opened, problems_of, rejects_of, rows_of, settled, vectors_by_text_id, write
-from tests.small_models import make_model, tokenizer_of
+from tests.small_models import make_damaged_model
 
 SENTENCES = [
     "A man plays a guitar on the stage. ",
@@ -75,13 +75,7 @@ def test_a_document_that_is_one_chunk_has_the_vector_of_the_whole_text(documents
 
 @pytest.mark.parametrize("pool", ["none", "mean"])
 def test_a_document_with_one_bad_chunk_is_rejected_whole_and_names_the_chunk(tmp_path: Path, pool: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    directory = make_model(tmp_path / "model", tokenizer=tokenizer_of(["#", *SENTENCES]))
-    tokenizer = tokenizer_of(["#", *SENTENCES])
-    weights = load_file(directory / "model.safetensors")
-    weights["embed_tokens.weight"][tokenizer.convert_tokens_to_ids("#")] = float("nan")
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    directory = make_damaged_model(tmp_path / "model")
     texts = ["".join(SENTENCES), "".join(SENTENCES) + "Here is a #. " + "".join(SENTENCES), SENTENCES[0]]
     corpus = write(tmp_path / "in" / "a.parquet", texts, id=[1, 2, 3])
     receipt = embed(corpus, tmp_path / "out", directory, prompt="none", chunk_pool=pool, chunk_tokens=24, max_nan=1)

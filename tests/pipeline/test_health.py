@@ -7,23 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from llmemb_ray.errors import UnhealthyVectors
 from llmemb_ray.pipeline.attempt import mean_cosine
 from tests.small_jobs import embed, opened, problems_of, vectors_by_text_id, write
-from tests.small_models import SENTENCES, make_model, tokenizer_of
+from tests.small_models import SENTENCES, make_damaged_model
 
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """A model that makes NaN of every text with a # in it."""
-    tokenizer = tokenizer_of(["#", *SENTENCES])
-    directory = make_model(tmp_path / "damaged", tokenizer=tokenizer)
-    weights = load_file(directory / "model.safetensors")
-    weights["embed_tokens.weight"][tokenizer.convert_tokens_to_ids("#")] = float("nan")
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+    return make_damaged_model(tmp_path / "damaged")
 
 
 def test_one_vector_that_is_not_finite_fails_a_finished_run_until_it_is_allowed(damaged: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llmemb_ray.pipeline.making import Remembered
 from llmemb_ray.storage import Storage
 from tests.s3_server import S3Server
 from tests.small_jobs import decoded, embed, opened, problems_of, rejects_of, rows_of, vectors_by_text_id, write
-from tests.small_models import SENTENCES, make_model, tokenizer_of
+from tests.small_models import SENTENCES, make_damaged_model
 
 # -- identical prompts -------------------------------------------------------------------------------
 
@@ -53,13 +53,7 @@ def test_without_dedup_nothing_is_copied(doubled: Path, tmp_path: Path, model: P
 
 
 def test_copies_of_a_row_that_fails_fail_too(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tokenizer = tokenizer_of(["#", *SENTENCES])
-    directory = make_model(tmp_path / "model", tokenizer=tokenizer)
-    weights = load_file(directory / "model.safetensors")
-    weights["embed_tokens.weight"][tokenizer.convert_tokens_to_ids("#")] = float("nan")
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    directory = make_damaged_model(tmp_path / "model")
     corpus = write(tmp_path / "in.parquet", ["#", "#", "b", "#"])
     receipt = embed(corpus, tmp_path / "out", directory, dedup="exact", prompt="none", max_nan=4, max_reject_rate=1.0)
     assert receipt.rejects_by_reason == {"not_finite": 3}
@@ -271,13 +265,7 @@ def test_codes_with_ranges_of_a_run_that_is_gone_are_continued_and_appended_to(t
 
 
 def test_copied_rows_are_counted_and_failed_ones_are_not(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tokenizer = tokenizer_of(["#", *SENTENCES])
-    directory = make_model(tmp_path / "model", tokenizer=tokenizer)
-    weights = load_file(directory / "model.safetensors")
-    weights["embed_tokens.weight"][tokenizer.convert_tokens_to_ids("#")] = float("nan")
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    directory = make_damaged_model(tmp_path / "model")
     corpus = write(tmp_path / "in.parquet", ["#", "#", "b", "b", "b"])
     receipt = embed(corpus, tmp_path / "out", directory, dedup="exact", prompt="none", max_nan=2, max_reject_rate=1.0)
     lengths = {row["source_row"]: row["n_tokens"] for row in rows_of(tmp_path / "out").to_pylist()}

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from llmemb_ray import cli
 from llmemb_ray.config import SearchSettings
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.search import exact, show
@@ -27,21 +26,6 @@ def library(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     write(root / "in" / "a.parquet", TEXTS, id=list("abcde"))
     embed(root / "in", root / "out", model, prompt="none", pooling="mean", rows_per_unit=2)
     return root
-
-
-class Shown:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def llmemb(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> Shown:
-        code = cli.main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return Shown(code, shown.out, shown.err)
-
-    return run
 
 
 @pytest.mark.parametrize(
