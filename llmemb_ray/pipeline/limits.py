@@ -46,7 +46,7 @@ class Limits:
         """Counts the cost of the actors alive since the last call. Returns the reason to stop, if there is one."""
         now = time.monotonic()
         self.cost += (now - self._at) * self._actors * self.price / 3600
-        self._at, self._actors = now, actors
+        self._at, self._actors = now, actors or self._actors  # None that answer now may only be slow to: they still cost.
         if self.deadline is not None and time.time() + self.unit_seconds >= self.deadline:
             self.reason = self.reason or f"the deadline, {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.deadline))}, is near"
         if self.max_cost is not None and self.cost + self.unit_seconds * actors * self.price / 3600 >= self.max_cost:
