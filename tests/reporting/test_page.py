@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import llmemb_ray
 from llmemb_ray import cli
 from llmemb_ray.reporting.texts import excerpt
+from llmemb_ray.shards.run import Run
+from llmemb_ray.storage import Storage
 from tests.reporting.browser import CHROMIUM, Browser, chromium
 from tests.reporting.conftest import HOSTILE, facts_of, made_run
+from tests.s3_server import S3Server
 from tests.small_jobs import embed, write
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium; apt-get install chromium")
@@ -211,3 +215,22 @@ def test_what_cannot_be_reported_ends_with_exit_code_2(case: str, tmp_path: Path
     }
     assert said[case] in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_in_object_storage_has_its_page_there_with_what_was_copied_and_exported(s3: S3Server, model: Path, tmp_path: Path) -> None:
+    access: dict[str, Any] = {"endpoint_url": s3.endpoint_url, "storage_options": s3.storage_options}
+    storage = Storage(s3.url(), s3.access())
+    for name, rows in (("old", range(20)), ("new", range(5, 25))):
+        write(tmp_path / f"{name}.parquet", [f"text number {row}" for row in rows], id=list(rows))
+        storage.put(f"{name}.parquet", (tmp_path / f"{name}.parquet").read_bytes())
+    llmemb_ray.embed(s3.url("old.parquet"), s3.url("first"), model=str(model), actors="0", quiet=True, **access)
+    llmemb_ray.embed(s3.url("new.parquet"), s3.url("second"), model=str(model), actors="0", quiet=True, reuse=s3.url("first"), **access)
+    options = ("--endpoint-url", s3.endpoint_url, "--storage-options", json.dumps(s3.storage_options))
+    assert cli.main(["report", s3.url("second"), "--out", s3.url("pages/report.html"), *options]) == 0
+    page = storage.read("pages/report.html").decode()
+    assert re.search(r"Reused.{0,200}?15.{0,200}?prompts of an earlier run", page, re.DOTALL)
+    assert "text number 24" in page, "texts are read back from the store"
+    assert cli.main(["export", s3.url("second"), str(tmp_path / "export"), "--to", "npy", *options]) == 0
+    vectors = np.load(tmp_path / "export" / "vectors.npy")
+    expected = np.concatenate([table["embedding"].combine_chunks().flatten().to_numpy() for _, table in Run(storage.child("second")).shards()])
+    np.testing.assert_array_equal(vectors.reshape(-1), expected)
