@@ -123,8 +123,11 @@ def test_the_wheel_installs_and_its_command_runs(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("llmemb_ray-*.whl")
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    modules = {path.relative_to(root).as_posix() for path in (root / "llmemb_ray").rglob("*.py")}
-    assert {path.relative_to(site).as_posix() for path in (site / "llmemb_ray").rglob("*.py")} == modules
+
+    def files(package: Path) -> set[str]:
+        return {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+    assert files(site / "llmemb_ray") == files(root / "llmemb_ray"), "templates too"
     code = "import llmemb_ray, sys; from llmemb_ray.cli import main; print(llmemb_ray.__file__); sys.exit(main(['--version']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
