@@ -15,9 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmemb_ray.errors import NotFound, OutputError
 from llmemb_ray.shards.commits import Commit
-from llmemb_ray.shards.run import Run
+from llmemb_ray.shards.run import Run, group_edges, opened
 from llmemb_ray.shards.schema import CHUNK_COLUMNS, raw_values
 
 PLACES = 64
@@ -100,22 +99,15 @@ def _places(shards: list[Commit], total: int, size: int) -> dict[str, list[tuple
 
 def _read(run: Run, commit: Commit, places: list[tuple[int, int]]) -> list[_Part]:
     assert commit.shard is not None
-    try:
-        with run.storage.open(commit.shard) as reader:
-            file = pq.ParquetFile(reader)
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            shares: dict[int, int] = defaultdict(int)
-            if places == [(0, commit.vectors)]:
-                shares |= dict(enumerate(sizes))
-            else:
-                edges = np.cumsum([0, *sizes])
-                for row, share in places:
-                    shares[min(len(sizes) - 1, int(np.searchsorted(edges, row, side="right")) - 1)] += share
-            return [_group(run, file, group, share) for group, share in sorted(shares.items())]
-    except NotFound as error:
-        raise OutputError(f"{run.storage.display(commit.shard)} is named by a commit but is not there; run verify") from error
-    except (pa.ArrowException, OSError) as error:
-        raise OutputError(f"{run.storage.display(commit.shard)} cannot be read: {error}; run verify") from error
+    with opened(run.storage, commit.shard) as file:
+        edges = group_edges(file)
+        shares: dict[int, int] = defaultdict(int)
+        if places == [(0, commit.vectors)]:
+            shares |= dict(enumerate(np.diff(edges).tolist()))
+        else:
+            for row, share in places:
+                shares[min(file.num_row_groups - 1, int(np.searchsorted(edges, row, side="right")) - 1)] += share
+        return [_group(run, file, group, share) for group, share in sorted(shares.items())]
 
 
 def _group(run: Run, file: pq.ParquetFile, group: int, share: int) -> _Part:

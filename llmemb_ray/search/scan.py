@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from llmemb_ray.errors import ConfigError, NotFound, OutputError
+from llmemb_ray.errors import ConfigError
 from llmemb_ray.search.best import Best, Floats, Ints, block_rows
 from llmemb_ray.shards.precision import Precision
-from llmemb_ray.shards.run import Run, read_groups
+from llmemb_ray.shards.run import Run, read_groups, read_rows
 from llmemb_ray.shards.schema import CHUNK_COLUMNS
 from llmemb_ray.storage import LIST_THREADS, Storage
 
@@ -95,24 +94,8 @@ def rows_at(run: Run, positions_P: Ints) -> pa.Table:
     def one(part: tuple[int, Ints]) -> pa.Table:
         path = run.commits[part[0]].shard
         assert path is not None
-        return _rows_in(run.storage, path, part[1], columns)
+        return read_rows(run.storage, path, part[1], columns)
 
     with ThreadPoolExecutor(max_workers=LIST_THREADS) as pool:
         table = pa.concat_tables(pool.map(one, zip(numbers.tolist(), rows, strict=True)))
     return table.take(pa.array(np.searchsorted(wanted, positions_P)))
-
-
-def _rows_in(storage: Storage, path: str, rows: Ints, columns: list[str]) -> pa.Table:
-    """``columns`` of some rows of a shard, in order; of other row groups nothing is read."""
-    try:
-        with storage.open(path) as reader:
-            file = pq.ParquetFile(reader)
-            edges = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
-            groups = np.searchsorted(edges, rows, side="right") - 1
-            return pa.concat_tables(
-                file.read_row_group(group, columns=columns).take(pa.array(rows[groups == group] - edges[group])) for group in np.unique(groups).tolist()
-            )
-    except NotFound as error:
-        raise OutputError(f"{storage.display(path)} is named by a commit but is not there; run verify") from error
-    except (pa.ArrowException, OSError) as error:
-        raise OutputError(f"{storage.display(path)} cannot be read: {error}; run verify") from error

@@ -27,7 +27,7 @@ from llmemb_ray.shards import partitions
 from llmemb_ray.shards.partitions import Partitions
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Precision
-from llmemb_ray.shards.run import OWN, Run
+from llmemb_ray.shards.run import OWN, Run, read_rows
 from llmemb_ray.shards.schema import parquet_bytes, raw_values
 from llmemb_ray.storage import Storage
 
@@ -139,7 +139,8 @@ class Reuse:
         shard_of, row_of = self._index.find(digests)
         for shard in np.unique(shard_of[shard_of >= 0]).tolist():
             rows = np.flatnonzero(shard_of == shard)
-            column, there = self._read(self._index.shards[shard], row_of[rows])
+            table = read_rows(self.earlier, self._index.shards[shard], row_of[rows], ["prompt_hash", "embedding"])
+            column, there = table["embedding"], partitions.binary_digests(table["prompt_hash"])
             same = partitions.sortable(there) == partitions.sortable(digests[rows])
             values = raw_values(column)
             found[rows[same]] = True
@@ -148,22 +149,6 @@ class Reuse:
                 raw = np.zeros((len(digests), values.shape[1]), values.dtype) if raw is None else raw
                 raw[rows[same]] = values[same]
         return Copies(found, vectors, raw)
-
-    def _read(self, shard: str, rows: npt.NDArray[np.int64]) -> tuple[pa.ChunkedArray, partitions.Digests]:
-        """(embedding, prompt hashes) of some rows of a shard, reading only their row groups."""
-        try:
-            with self.earlier.open(shard) as reader:
-                file = pq.ParquetFile(reader)
-                edges = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
-                groups = np.searchsorted(edges, rows, side="right") - 1
-                needed = np.unique(groups)
-                table = file.read_row_groups(needed.tolist(), columns=["prompt_hash", "embedding"])
-        except NotFound as error:
-            raise OutputError(f"reuse: {self.earlier.display(shard)} is gone; run verify on that run, or leave reuse out") from error
-        before = np.cumsum([0, *(edges[needed + 1] - edges[needed])])
-        inside = rows - edges[groups] + before[np.searchsorted(needed, groups)]
-        table = table.take(pa.array(inside))
-        return table["embedding"], partitions.binary_digests(table["prompt_hash"])
 
 
 class _Index:

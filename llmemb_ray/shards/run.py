@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -115,17 +118,39 @@ class Run:
         }
 
 
-def read_groups(storage: Storage, path: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    """The row groups of one Parquet file of the run. Raises OutputError naming a file that is gone or broken."""
+@contextmanager
+def opened(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
+    """One Parquet file of a run. Raises OutputError naming a file that is gone or broken, also for what goes wrong within the block."""
     try:
         with storage.open(path) as reader:
-            file = pq.ParquetFile(reader)
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=columns)
+            yield pq.ParquetFile(reader)
     except NotFound as error:
         raise OutputError(f"{storage.display(path)} is named by a commit but is not there; run verify") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise OutputError(f"{storage.display(path)} cannot be read: {error}; run verify") from error
+
+
+def group_edges(file: pq.ParquetFile) -> npt.NDArray[np.int64]:
+    """int64 [row groups + 1]: the first row of each row group, and the number of rows."""
+    return np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
+
+
+def read_groups(storage: Storage, path: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    """The row groups of one Parquet file of the run. Raises OutputError naming a file that is gone or broken."""
+    with opened(storage, path) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=columns)
+
+
+def read_rows(storage: Storage, path: str, rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
+    """Some rows of one shard, in the order of ``rows``; of other row groups nothing is read. Raises OutputError likewise."""
+    wanted, order = np.unique(rows, return_inverse=True)
+    with opened(storage, path) as file:
+        edges = group_edges(file)
+        groups = np.searchsorted(edges, wanted, side="right") - 1
+        parts = [file.read_row_group(group, columns=columns).take(pa.array(wanted[groups == group] - edges[group])) for group in np.unique(groups).tolist()]
+    table = pa.concat_tables(parts)
+    return table if np.array_equal(wanted, rows) else table.take(pa.array(order))
 
 
 def open_run(url: str, **access: Any) -> Run:
