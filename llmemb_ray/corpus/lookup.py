@@ -52,6 +52,12 @@ def texts_at(files: Sequence[PlannedFile], selection: Selection, access: Access,
     return found
 
 
+def beginning(text: str, characters: int) -> str:
+    """The first characters of a text on one line, white space run together; no more than four times as many are looked at."""
+    line = " ".join(text[: 4 * characters].split())
+    return line if len(line) <= characters and len(text) <= 4 * characters else line[: characters - 1].rstrip() + "…"
+
+
 def _in_file(file: PlannedFile, selection: Selection, access: Access, rows: list[int]) -> Texts:
     found = Texts()
     try:

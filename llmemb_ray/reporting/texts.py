@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from llmemb_ray.corpus.lookup import RowKey, texts_at
+from llmemb_ray.corpus.lookup import RowKey, beginning, texts_at
 from llmemb_ray.shards.run import Run
 
 EXCERPT = 200
@@ -46,10 +46,9 @@ def excerpts(run: Run, spans: Iterable[Span]) -> Excerpts:
     return found
 
 
-def excerpt(text: str, length: int = EXCERPT) -> str:
-    """The beginning of a text on one line."""
-    words = " ".join(text[: length * 4].split())
-    return words if len(words) <= length and len(text) <= length * 4 else words[: length - 1] + "…"
+def excerpt(text: str) -> str:
+    """What the page shows of a text."""
+    return beginning(text, EXCERPT)
 
 
 def reasons(missing: dict[RowKey, str], shown: int = 3) -> Sequence[str]:

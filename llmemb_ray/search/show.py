@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmemb_ray.corpus.lookup import texts_at
+from llmemb_ray.corpus import lookup
 from llmemb_ray.search.exact import Hit
 from llmemb_ray.search.exact import hits as hits_in
 from llmemb_ray.search.queries import Queries
@@ -32,14 +32,13 @@ Texts = list[str | None]
 
 
 def beginning(text: str) -> str:
-    """The first characters of a text on one line, white space collapsed."""
-    line = " ".join(text[: 4 * BEGINNING].split())
-    return line if len(line) <= BEGINNING and len(text) <= 4 * BEGINNING else line[: BEGINNING - 1].rstrip() + "…"
+    """What a line of results shows of a text."""
+    return lookup.beginning(text, BEGINNING)
 
 
 def texts_of(run: Run, hits: Sequence[Hit]) -> tuple[Texts, Counter[str]]:
     """(text of each hit, of a chunk its own part, None where it cannot be read back; reasons with their counts)."""
-    found = texts_at(run.plan.files, run.plan.selection, run.storage.access, {(hit.source_file, hit.source_row) for hit in hits})
+    found = lookup.texts_at(run.plan.files, run.plan.selection, run.storage.access, {(hit.source_file, hit.source_row) for hit in hits})
     texts: Texts = []
     missing: Counter[str] = Counter()
     for hit in hits:
