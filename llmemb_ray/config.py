@@ -11,8 +11,10 @@ import re
 from datetime import datetime
 from typing import Any, ClassVar, Literal, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from llmemb_ray.engines import OWNED_ENGINE_ARGS, TITLES, Quantization, refusals
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.representation.cleaning import Cleaning
 from llmemb_ray.representation.representation import Pooling, Representation, Role, preset
@@ -68,12 +70,16 @@ class ModelSettings(StorageSettings):
     model: str = setting(..., "Hub id, local directory or URL (s3://…) of a decoder-only model.", panel="Model")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model; resolved to a commit once.", panel="Model")
     adapter: str | None = setting(None, "PEFT adapter: hub id, directory or URL.", panel="Model")
-    backend: Literal["auto", "hf"] = setting("auto", "Engine: hf is transformers.", panel="Model")
+    backend: Literal["auto", "hf", "vllm"] = setting(
+        "auto", "Engine: hf is transformers; auto is vllm where it is installed and its vectors of the model were compared, else hf.", panel="Model"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Precision of the model; auto is bfloat16 on CUDA, else float32.", panel="Model"
     )
-    quantization: Literal["none", "nf4", "llm.int8"] = setting("none", "Weights in 4 bits (nf4) or 8 bits (llm.int8), through bitsandbytes.", panel="Model")
-    token_budget: int | None = setting(None, "Tokens in one forward pass; found while working if not given.", panel="Model", ge=1)
+    quantization: Quantization = setting("none", "Weight format; hf: nf4, llm.int8; vllm: the others (docs/backends.md).", panel="Model")
+    tensor_parallel: int = setting(1, "GPUs that a model's layers are split over, all on one node (vllm).", panel="Model", ge=1)
+    engine_arg: list[str] = setting([], "Further argument KEY=VALUE of vLLM's engine, value in YAML; repeatable.", panel="Model")
+    token_budget: int | None = setting(None, "Tokens in one forward pass; found while working (hf) or set by device (vllm) if not given.", panel="Model", ge=1)
     trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
     allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Model")
 
@@ -91,6 +97,39 @@ class ModelSettings(StorageSettings):
     )
     append_eos: bool | None = setting(None, "End prompts with the EOS token; default: for prompt e5.", panel="Representation")
     role: Role = setting("document", "Role in which texts are embedded.", panel="Representation")
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        arguments = self.engine_args
+        for name in arguments.keys() & OWNED_ENGINE_ARGS.keys():
+            way_out = f"set {OWNED_ENGINE_ARGS[name]} instead" if OWNED_ENGINE_ARGS[name] else "leave it out"
+            raise ValueError(f"engine_arg: {name} is settled by llmemb; {way_out}")
+        if self.backend != "auto":
+            refused = refusals(self.backend, **self.engine(), pooling=self.pooling, layer=self.layer)
+        else:
+            both: list[list[str]] = [refusals(backend, **self.engine(), pooling=self.pooling, layer=self.layer) for backend in TITLES]
+            refused = [line for lines in both for line in lines] if all(both) else []
+        if refused:
+            raise ValueError("; ".join(refused))
+        return self
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """``engine_arg`` as a mapping. Raises ValueError."""
+        arguments = {}
+        for text in self.engine_arg:
+            name, equals, value = text.partition("=")
+            if not equals or not name.isidentifier():
+                raise ValueError(f"engine_arg: {text!r} is not KEY=VALUE with the name of an argument of vLLM's engine, such as max_num_seqs=64")
+            try:
+                arguments[name] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ValueError(f"engine_arg: the value of {name} is not YAML") from None
+        return arguments
+
+    def engine(self) -> dict[str, Any]:
+        """The settings that a backend may refuse, besides those of the representation."""
+        return {"quantization": self.quantization, "tensor_parallel": self.tensor_parallel, "engine_args": self.engine_args}
 
     _PROMPT_FIELDS: ClassVar[frozenset[str]] = frozenset({"prompt", "demo", "instruction", "clean"})
     _OTHER_FIELDS: ClassVar[tuple[str, ...]] = ("pooling", "layer", "normalize", "dimensions", "max_tokens")
@@ -150,6 +189,9 @@ class EmbedSettings(ModelSettings):
     gpus_per_actor: float | None = setting(None, "GPUs of an actor; default 1 where the cluster has GPUs, else 0.", panel="Cluster", ge=0)
     cpus_per_actor: float | None = setting(None, "CPU cores of an actor; default: most of a CPU node, at most 8.", panel="Cluster", gt=0)
     max_attempts: int = setting(3, "Attempts at a unit whose actor dies before it is halved to find the row at fault.", panel="Cluster", ge=1)
+    retry_wait: float = setting(
+        1.0, "Seconds before a unit whose actor died is tried again; twice as long after each further death, at most 60.", panel="Cluster", ge=0
+    )
     ray_address: str | None = setting(None, "Ray cluster; default: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster")
     window_units: int = setting(4000, "Units in one Ray Data execution; bounds what the driver holds.", panel="Cluster", ge=1)
     deadline: str | None = setting(None, "Stop cleanly in time for this: 90m, 6h, 2d, or 2026-12-31T06:00 (local time unless it says).", panel="Cluster")
@@ -174,6 +216,8 @@ class EmbedSettings(ModelSettings):
             raise ValueError(f"centre: is for dtype ubinary; with {self.dtype} it does nothing")
         if self.calibration and not (self.dtype == "int8" or self.centre):
             raise ValueError("calibration: is for dtype int8, or ubinary with centre; else nothing is calibrated")
+        if self.tensor_parallel > 1 and self.gpus_per_actor not in (None, 0, self.tensor_parallel):
+            raise ValueError(f"gpus_per_actor: tensor_parallel={self.tensor_parallel} takes as many GPUs for an actor; leave gpus_per_actor out")
         if self.append and self.overwrite:
             raise ValueError("append and overwrite exclude each other")
         if self.append and self.limit_rows:

@@ -11,9 +11,10 @@
     │   └── NotFound       … because nothing is there
     ├── RunFailed          a run that ended without all its units              exit 1
     │   └── RunStopped     … because its deadline or budget was reached
+    ├── EngineDied         the engine that held a model broke                  exit 1
     ├── RejectsExceeded    a finished run with more rejects than allowed       exit 1
     ├── UnhealthyVectors   more vectors that are not finite than allowed       exit 1
-    └── CheckFailed        verify (later: parity) found a discrepancy          exit 3
+    └── CheckFailed        verify or parity found a discrepancy          exit 3
 
 Each class carries the exit code of the command line in ``exit_code``.
 """
@@ -65,6 +66,10 @@ class RunFailed(LlmembError):
 
 class RunStopped(RunFailed):
     """Stopped on purpose, cleanly: the same command continues."""
+
+
+class EngineDied(LlmembError):
+    """Its process is of no use any more and must end; a job then starts another and goes on."""
 
 
 class UnhealthyVectors(LlmembError):

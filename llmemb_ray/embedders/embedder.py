@@ -5,23 +5,39 @@ It knows nothing of Ray or of files; it runs in a notebook as in an actor.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from llmemb_ray import engines
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.models import ModelSource, TokenizerSource
-from llmemb_ray.embedders.work import Work
-from llmemb_ray.errors import InputError
+from llmemb_ray.embedders.work import Pooled, Work
+from llmemb_ray.errors import ConfigError, InputError
 from llmemb_ray.representation import Prompter, Representation, Role, Space, TokenRows
+from llmemb_ray.representation.representation import ROLES
 from llmemb_ray.storage import Access
 
 if TYPE_CHECKING:
     from llmemb_ray.config import ModelSettings
+
+
+class Backend(Protocol):
+    """What an embedder needs of an engine with a loaded model."""
+
+    name: str
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one forward pass."""
+
+    def embed(self, rows: TokenRows, prefix: npt.NDArray[np.int32] | None = None, *, on_pack: Callable[[int, int], None] | None = None) -> Pooled:
+        """Pools every row. ``prefix`` are tokens that many rows begin with; on_pack is called with (rows, tokens) of each forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +51,51 @@ class EmbedderSpec:
     """With ``max_tokens`` settled."""
     dimension: int
     """D of the vectors put out."""
-    backend: str = "hf"
+    backend: Literal["auto", "hf", "vllm"] = "hf"
+    backend_why: str = field(default="", compare=False)
+    """How ``backend`` was chosen."""
     compute_dtype: models.ComputeDtype = "auto"
-    quantization: models.Quantization = "none"
+    quantization: engines.Quantization = "none"
+    stored: str | None = None
+    """Format in which the checkpoint itself is quantised."""
+    tensor_parallel: int = 1
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine."""
+    gpu_share: float = 1.0
+    """Of each of its GPUs this embedder may take so much."""
     token_budget: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
     access: Access = field(default_factory=Access, repr=False)
     model_flops: float = 0.0
     """Floating-point operations for one token, roughly: twice the parameters of the layers."""
+    model_type: str = ""
+    head_size: int = 0
+    """Dimensions of an attention head."""
+    vocabulary: int | None = None
+    """Token ids that the model knows; None where its configuration does not say."""
+    lora_problem: str | None = None
+    """Why vLLM cannot serve the adapter."""
+
+    def on(self, gpu: bool) -> EmbedderSpec:
+        """The spec with backend and compute dtype settled for where it will run."""
+        choice = engines.Choice(self.backend, self.backend_why) if self.backend != "auto" else self._choice(gpu)
+        dtype = models.resolve_dtype(self.compute_dtype, "cuda" if gpu else "cpu")
+        return replace(self, backend=choice.backend, backend_why=choice.why, compute_dtype=dtype)
+
+    def _choice(self, gpu: bool) -> engines.Choice:
+        return engines.choose(
+            gpu=gpu,
+            model_type=self.model_type,
+            head_size=self.head_size,
+            stored=self.stored,
+            lora_problem=self.lora_problem,
+            pooling=self.representation.pooling,
+            layer=self.representation.layer,
+            quantization=self.quantization,
+            tensor_parallel=self.tensor_parallel,
+            engine_args=self.engine_args,
+        )
 
     @property
     def space(self) -> Space:
@@ -73,7 +125,20 @@ def settle(settings: ModelSettings, representation: Representation | None = None
     config = models.load_config(path, trust_remote_code=settings.trust_remote_code)
     tokenizer = models.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     representation = models.settle_max_tokens(representation, config)
-    check_layer(representation.layer, int(config.num_hidden_layers))
+    layers = int(config.num_hidden_layers)
+    check_layer(representation.layer, layers)
+    if representation.layer == layers:
+        representation = replace(representation, layer=-1)  # The same states, by their other name.
+    stored = models.settle_quantization(settings.quantization, path)
+    lora = models.lora_of(models.fetch(adapter, settings.access, weights=False)) if adapter else None
+    if settings.backend != "auto":
+        refused = engines.refusals(settings.backend, **settings.engine(), pooling=representation.pooling, layer=representation.layer)
+        if settings.backend == "vllm" and stored == "bitsandbytes":
+            refused.append(f"backend: {engines.BITSANDBYTES}; set backend hf, or take the checkpoint that is not quantised")
+        if settings.backend == "vllm" and lora and lora.problem:
+            refused.append(f"adapter: vLLM cannot serve it: {lora.problem}; set backend hf, or merge it into the model")
+        if refused:
+            raise ConfigError("; ".join(refused))
     dimension = models.settle_dimension(representation, output_size(config, representation.layer))
     spec = EmbedderSpec(
         model=source,
@@ -81,6 +146,11 @@ def settle(settings: ModelSettings, representation: Representation | None = None
         tokenizer=tokenizer,
         representation=representation,
         dimension=dimension,
+        backend=settings.backend,
+        backend_why="" if settings.backend == "auto" else "as you asked",
+        stored=stored,
+        tensor_parallel=settings.tensor_parallel,
+        engine_args=settings.engine_args,
         compute_dtype=settings.compute_dtype,
         quantization=settings.quantization,
         token_budget=settings.token_budget,
@@ -88,6 +158,10 @@ def settle(settings: ModelSettings, representation: Representation | None = None
         allow_pickle=settings.allow_pickle,
         access=settings.access,
         model_flops=models.flops_per_token(config),
+        model_type=config.model_type,
+        head_size=models.head_size(config) if hasattr(config, "num_attention_heads") else 0,
+        vocabulary=getattr(config, "vocab_size", None),
+        lora_problem=lora.problem if lora else None,
     )
     spec.prompter(settings.role)  # refuses a template that leaves no room for text
     return spec
@@ -115,9 +189,29 @@ class Embedder:
     """
 
     def __init__(self, spec: EmbedderSpec, *, device: str | None = None) -> None:
+        if device is not None and spec.backend == "auto":
+            spec = replace(spec, backend="hf", backend_why="a device was named")
+        spec = spec.on(gpu=(device or models.default_device()).startswith("cuda"))
+        if device is not None and spec.backend == "vllm":
+            raise ConfigError("device: vLLM takes the device it was built for; leave device out, or set backend hf")
+        self.spec, self.representation = spec, spec.representation
+        self._prompters: dict[Role, Prompter] = {}
+        self._lock = threading.Lock()
+        self.backend: Backend = self._vllm() if spec.backend == "vllm" else self._transformers(device)
+
+    def _vllm(self) -> Backend:
+        from llmemb_ray.embedders.vllm_backend import VllmBackend
+
+        prefixes = []
+        for role in ROLES:
+            with contextlib.suppress(ConfigError):  # A role whose template leaves no room says so when it is used.
+                prefixes.append(self.prompter(role).shared_prefix)
+        return VllmBackend(self.spec, prefixes=prefixes)
+
+    def _transformers(self, device: str | None) -> Backend:
         from llmemb_ray.embedders.transformers_backend import TransformersBackend
 
-        self.spec, self.representation = spec, spec.representation
+        spec = self.spec
         model = models.load_model(
             models.fetch(spec.model, spec.access, pickled=spec.allow_pickle),
             compute_dtype=spec.compute_dtype,
@@ -127,9 +221,7 @@ class Embedder:
             trust_remote_code=spec.trust_remote_code,
             allow_pickle=spec.allow_pickle,
         )
-        self.backend = TransformersBackend(model, pooling=self.representation.pooling, layer=self.representation.layer, token_budget=spec.token_budget)
-        self._prompters: dict[Role, Prompter] = {}
-        self._lock = threading.Lock()
+        return TransformersBackend(model, pooling=self.representation.pooling, layer=self.representation.layer, token_budget=spec.token_budget)
 
     @classmethod
     def load(cls, model: str, *, device: str | None = None, **settings: Any) -> Embedder:
@@ -167,11 +259,24 @@ class Embedder:
     def embed_tokens(self, rows: TokenRows, role: Role = "document", *, on_pack: Callable[[int, int], None] | None = None) -> Embedded:
         """Vectors of token sequences that ``prompter(role)`` made. Calls from several threads take turns.
 
-        on_pack: called with (rows, tokens) of each forward pass that was started.
+        on_pack: called with (rows, tokens) of each forward pass that was started. Raises EngineDied.
         """
         from llmemb_ray.representation.vectors import finish
 
+        prefix = self.prompter(role).shared_prefix
+        unknown = self._unknown_tokens(rows)
+        fit = rows.take([row if row not in unknown else None for row in range(len(rows))]) if unknown else rows
         with self._lock:
-            pooled = self.backend.embed(rows, self.prompter(role).shared_prefix, on_pack=on_pack)
+            pooled = self.backend.embed(fit, prefix, on_pack=on_pack)
             vectors = finish(pooled.vectors, self.representation).cpu().numpy()
-        return Embedded(vectors, pooled.failed, pooled.work)
+        pooled.work.shareable = int(fit.shared(prefix).sum())
+        return Embedded(vectors, pooled.failed | unknown, pooled.work)
+
+    def _unknown_tokens(self, rows: TokenRows) -> dict[int, str]:
+        """Rows with a token that the model has no embedding for, which a tokenizer with more tokens than the model can make."""
+        size = self.spec.vocabulary
+        if size is None or not len(rows.ids) or int(rows.ids.max()) < size:
+            return {}
+        places = np.flatnonzero(rows.ids >= size)
+        owners = np.searchsorted(rows.offsets, places, side="right") - 1
+        return {int(row): f"token {int(rows.ids[place])} is not among the model's {size}" for row, place in zip(owners, places, strict=True)}

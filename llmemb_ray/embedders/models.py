@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmemb_ray import engines
 from llmemb_ray.embedders import capabilities
 from llmemb_ray.errors import ConfigError, ModelError, StorageError
 from llmemb_ray.representation.representation import Representation
@@ -39,7 +40,7 @@ DEFAULT_MAX_TOKENS = 4096
 """Where no ``max_tokens`` is given and the model allows more (E5-Mistral's model card uses 4096)."""
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["none", "nf4", "llm.int8"]
+DTYPE_BYTES: dict[ComputeDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +219,71 @@ def settle_dimension(representation: Representation, size: int) -> int:
     return representation.dimensions or size
 
 
+def head_size(config: Any) -> int:
+    """Dimensions of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def key_value_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def cache_bytes_per_token(config: Any, compute_dtype: ComputeDtype) -> int:
+    """Bytes of the keys and values of one token, over all layers."""
+    return 2 * key_value_heads(config) * head_size(config) * int(config.num_hidden_layers) * DTYPE_BYTES[compute_dtype]
+
+
+def settle_quantization(asked: engines.Quantization, path: Path) -> str | None:
+    """The format in which the checkpoint stores its weights, None if it is not quantised. Raises ConfigError if it does not go with what is asked for."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: its config.json cannot be read: {error}") from error
+    stored = str(config.get("quant_method") or "").removeprefix("auto_") or None
+    format_ = engines.WEIGHT_FORMATS.get(asked)
+    if format_ is None:
+        return stored
+    if format_.stored and stored != format_.name:
+        is_ = f"this one is stored as {stored}" if stored else "this one is not quantised"
+        raise ConfigError(f"quantization: {asked} is how the checkpoint itself must be stored, and {is_}; formats:\n{engines.table()}")
+    if not format_.stored and stored:
+        raise ConfigError(f"quantization: the checkpoint is stored as {stored} already; leave {asked} out, or take the checkpoint that is not quantised")
+    return stored
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter as vLLM may serve it.
+
+    problem: why it cannot, if so
+    """
+
+    path: Path
+    rank: int
+    problem: str | None
+
+
+def lora_of(path: Path) -> Lora:
+    """Reads ``adapter_config.json``. Raises ModelError."""
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"adapter {path}: its adapter_config.json cannot be read: {error}") from error
+    problem = None
+    if config.get("peft_type") != "LORA":
+        problem = f"it is a {config.get('peft_type')} adapter, not LoRA"
+    elif config.get("use_dora"):
+        problem = "it is a DoRA adapter"
+    elif config.get("bias", "none") != "none":
+        problem = "it changes biases"
+    elif config.get("modules_to_save"):
+        problem = f"it replaces whole modules ({', '.join(config['modules_to_save'])})"
+    elif rank > max(engines.LORA_RANKS):
+        problem = f"its rank is {rank}, the limit {max(engines.LORA_RANKS)}"
+    return Lora(path, rank, problem)
+
+
 def flops_per_token(config: Any) -> float:
     """Twice the weights that a token meets in the layers, from the configuration; attention over the context is left out."""
     hidden = config.hidden_size
@@ -249,7 +315,7 @@ def load_model(
     path: Path,
     *,
     compute_dtype: ComputeDtype = "auto",
-    quantization: Quantization = "none",
+    quantization: engines.Quantization = "none",
     device: str | None = None,
     adapter: Path | None = None,
     trust_remote_code: bool = False,
@@ -264,7 +330,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
-    _check_weight_files(path, allow_pickle)
+    check_weight_files(path, allow_pickle)
     device = device or default_device()
     dtype = getattr(torch, resolve_dtype(compute_dtype, device))
     several = device == "cuda" and torch.cuda.device_count() > 1
@@ -338,7 +404,8 @@ def resolve_dtype(compute_dtype: ComputeDtype, device: str) -> ComputeDtype:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def _check_weight_files(path: Path, allow_pickle: bool) -> None:
+def check_weight_files(path: Path, allow_pickle: bool) -> None:
+    """Raises ModelError unless there are weights that may be loaded."""
     names = [entry.name for entry in path.iterdir()]
     if not any(name.endswith(".safetensors") for name in names) and not allow_pickle:
         if any(name.endswith(PICKLED) for name in names):

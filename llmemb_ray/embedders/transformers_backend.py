@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 
 from llmemb_ray.embedders import attention, capabilities, packing
 from llmemb_ray.embedders.attention import Layout, PrefixCache
-from llmemb_ray.embedders.work import Work
+from llmemb_ray.embedders.work import Pooled, Work
 from llmemb_ray.errors import ConfigError, ModelError
 from llmemb_ray.representation.prompts import MIN_SHARED_TOKENS, TokenRows
 from llmemb_ray.representation.representation import Pooling
@@ -36,19 +35,6 @@ SELF_TEST_COSINE = {"float32": 0.9999, "bfloat16": 0.98, "float16": 0.98}
 """Least cosine between a packed and a plain forward pass of a few random tokens; a wrong mask or position falls far below."""
 LLM_INT8_COSINE = 0.98
 """The same for LLM.int8, which chooses outlier columns a batch at a time: other rows, other rounding."""
-
-
-@dataclass
-class Pooled:
-    """Result of one call.
-
-    vectors: float32 [N, D] on the model's device; zero where the row failed
-    failed:  row number -> why it could not be computed
-    """
-
-    vectors: torch.Tensor
-    failed: dict[int, str] = field(default_factory=dict)
-    work: Work = field(default_factory=Work)
 
 
 class TransformersBackend:
@@ -78,6 +64,11 @@ class TransformersBackend:
             model.set_attn_implementation("eager")
         wanted = capabilities.mode(self.config) == "packed" if packed is None else packed
         self.mode: capabilities.Mode = self._settle_mode(wanted)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one forward pass, as found until now."""
+        return self.budget.value
 
     # -- embedding ---------------------------------------------------------------------------------
 

@@ -1,8 +1,12 @@
-"""What an embedder has computed, counted in tokens. Plain data: the accounts of a unit are made of it."""
+"""What a backend gives back: pooled states, and what was computed for them, counted in tokens. Plain data, the same for every backend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -16,6 +20,8 @@ class Work:
     padding: int = 0
     shared: int = 0
     """Tokens not computed because the prefix was shared."""
+    shareable: int = 0
+    """Tokens that stand in the shared prefix: what sharing to the token would not compute."""
     packs: int = 0
     out_of_memory: int = 0
     """Times the token budget was halved."""
@@ -23,3 +29,16 @@ class Work:
     def add(self, other: Work) -> None:
         for f in fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class Pooled:
+    """Result of one call of a backend.
+
+    vectors: float32 [N, D] on the model's device; zero where the row failed
+    failed:  row number -> why it could not be computed
+    """
+
+    vectors: torch.Tensor
+    failed: dict[int, str] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import ray
@@ -26,12 +27,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from llmemb_ray import errors
 from llmemb_ray.config import EmbedSettings, parse_actors
 from llmemb_ray.connection import connected
-from llmemb_ray.errors import ConfigError, LlmembError, RunFailed
+from llmemb_ray.errors import ConfigError, EngineDied, LlmembError, RunFailed
 from llmemb_ray.pipeline import attempt, calibrate
-from llmemb_ray.pipeline.ledger import Ledger
+from llmemb_ray.pipeline.ledger import Directions, Ledger
 from llmemb_ray.pipeline.making import Isolation, Workshop
 from llmemb_ray.pipeline.prepare import Job, Prepared, ReadTask, prepare
 from llmemb_ray.shards.commits import Commit
+
+logger = logging.getLogger(__name__)
 
 CPU_THREADS = 8
 """Cores of an actor on a CPU node at most: beyond it one model's matrix products scale badly, another actor does not."""
@@ -88,7 +91,7 @@ def shape(settings: EmbedSettings) -> Shape:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cluster_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     wanted = parse_actors(settings.actors)
-    gpus = settings.gpus_per_actor if settings.gpus_per_actor is not None else (1.0 if cluster_gpus else 0.0)
+    gpus = settings.gpus_per_actor if settings.gpus_per_actor is not None else (float(settings.tensor_parallel) if cluster_gpus else 0.0)
     if gpus:
         return _gpu_shape(nodes, gpus, wanted, settings.cpus_per_actor)
     largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
@@ -140,6 +143,7 @@ class EmbedUnits:
         self._job: Job = ray.get(job)
         self._ledger = ledger
         if threads:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # For engines with an OpenMP of their own; Ray sets it to the cores reserved.
             import torch
 
             torch.set_num_threads(threads)
@@ -167,18 +171,32 @@ class EmbedUnits:
         self._ledger.hello.remote(self._name)
         if not ray.get(self._ledger.may_begin.remote(unit.name)):
             return _record(unit.name, None, None)
-        directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows))
+        directions: Directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows))
+        time.sleep(directions.wait)
         isolation = None
-        if directions is not None:
-            ranges, poison = directions
-            isolation = Isolation(ranges=ranges, poison=frozenset(poison), entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows)))
+        if directions.ranges is not None:
+            isolation = Isolation(
+                ranges=directions.ranges,
+                poison=frozenset(directions.poison),
+                last_words=directions.last_words,
+                entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows)),
+            )
         try:
             commit = attempt.run(self._job, prepared, self._embedder, self._workshop, on_pack=self._on_pack, isolation=isolation)
+        except EngineDied as error:
+            self._end(unit.name, str(error))
         except LlmembError as error:
             self._ledger.failed.remote(unit.name)
             return _record(unit.name, None, str(error))
         self._ledger.done.remote(unit.name)
         return _record(unit.name, commit, None)
+
+    def _end(self, unit: str, words: str) -> NoReturn:
+        """Ends this process, whose engine is of no use any more: Ray starts another actor, and the unit comes again."""
+        ray.get(self._ledger.died.remote(unit, words))
+        logger.error("unit %s: %s; this process ends and another takes its place", unit, words)
+        logging.shutdown()
+        os._exit(1)
 
     def _on_pack(self, rows: int, tokens: int) -> None:
         self._pending = (self._pending[0] + rows, self._pending[1] + tokens)
@@ -246,7 +264,7 @@ class Execution:
         self._stopping = False
         self._idle_since = 0.0
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(settings.max_attempts)
+        self.ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(settings.max_attempts, settings.retry_wait)
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
         """(unit, commit or None, error or None) of each unit, as it is done. Raises the job's own error, unwrapped."""

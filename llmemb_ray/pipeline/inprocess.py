@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmemb_ray.embedders.embedder import Embedder
-from llmemb_ray.errors import LlmembError
+from llmemb_ray.errors import EngineDied, LlmembError, RunFailed
 from llmemb_ray.pipeline import attempt, calibrate
 from llmemb_ray.pipeline.making import Workshop
 from llmemb_ray.pipeline.prepare import Job, ReadTask, prepare
@@ -31,6 +31,11 @@ class Execution:
                     continue
                 try:
                     commit = attempt.run(self._job, prepared, self._embedder, self._workshop, on_pack=self._on_pack)
+                except EngineDied as error:
+                    raise RunFailed(
+                        f"unit {prepared.unit.name}: {error}. What was committed stands, the same command continues; with actors on Ray (leave actors=0 out) "
+                        "the engine is started again, and a row that kills it is found and rejected"
+                    ) from error
                 except LlmembError as error:
                     yield prepared.unit.name, None, str(error)
                     continue

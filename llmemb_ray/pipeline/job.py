@@ -81,8 +81,11 @@ def run(settings: EmbedSettings, *, quiet: bool = False) -> Receipt:
 def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, reporter: Reporter) -> Receipt:
     started = time.monotonic()
     gpu = shape.on_gpu if shape else models.default_device() == "cuda"
-    compute_dtype = models.resolve_dtype(prospect.spec.compute_dtype, "cuda" if gpu else "cpu")
-    prospect = replace(prospect, spec=replace(prospect.spec, compute_dtype=compute_dtype))
+    share = shape.gpus / prospect.spec.tensor_parallel if shape and shape.on_gpu else 1.0
+    spec = replace(prospect.spec, gpu_share=share).on(gpu)
+    prospect = replace(prospect, spec=spec)
+    if settings.backend == "auto":
+        reporter.say(f"backend: {spec.backend}, because {spec.backend_why}")
     with lease.LeaseHolder(prospect.output, reporter.snapshot, waiting=reporter.say) as held:
         while True:
             plan, waiting = opening.plan_of(settings, prospect, actors=shape.most if shape else 1, gpu=gpu, say=reporter.say)

@@ -16,19 +16,40 @@ ALIVE_SECONDS = 60.0
 """An actor that has neither begun a unit nor computed anything for so long is not counted as alive."""
 
 
+LONGEST_WAIT = 60.0
+"""Seconds, between two attempts at a unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """How to go about a unit.
+
+    ranges:     None to embed it as a whole, else the row ranges to embed one by one
+    poison:     rows known to kill their engine
+    wait:       seconds to wait first
+    last_words: what the engine said when it died, if anything
+    """
+
+    ranges: list[Range] | None = None
+    poison: tuple[int, ...] = ()
+    wait: float = 0.0
+    last_words: str = ""
+
+
 @dataclass
 class _Unit:
     attempts: int = 0
+    last_words: str = ""
     ranges: list[Range] = field(default_factory=list)
     entered: Range | None = None
     poison: set[int] = field(default_factory=set)
 
 
 class Ledger:
-    """max_attempts: attempts at a unit before its rows are told apart."""
+    """max_attempts: attempts at a unit before its rows are told apart; retry_wait: seconds before the second of them, doubled for each further one."""
 
-    def __init__(self, max_attempts: int) -> None:
-        self._max_attempts = max_attempts
+    def __init__(self, max_attempts: int, retry_wait: float = 0.0) -> None:
+        self._max_attempts, self._retry_wait = max_attempts, retry_wait
         self._units: dict[str, _Unit] = {}
         self._rows = 0
         self._tokens = 0
@@ -74,19 +95,18 @@ class Ledger:
         """Whether units that were begun are not done yet."""
         return bool(self._active)
 
-    def begin(self, unit: str, rows: int) -> tuple[list[Range], list[int]] | None:
-        """Counts an attempt. None: embed the unit as a whole. Else the row ranges to embed one by one, and the
-        rows known to kill their engine."""
+    def begin(self, unit: str, rows: int) -> Directions:
+        """Counts an attempt. Waiting is for causes that pass; rows that are told apart are tried at once."""
         state = self._units.setdefault(unit, _Unit())
         state.attempts += 1
         if state.attempts <= self._max_attempts:
-            return None
+            return Directions(wait=min(LONGEST_WAIT, self._retry_wait * 2 ** (state.attempts - 2)) if state.attempts > 1 else 0.0)
         if not state.ranges:
             state.ranges = [(0, rows)]
         elif state.entered is not None:
             self._split(state, state.entered)
         state.entered = None
-        return list(state.ranges), sorted(state.poison)
+        return Directions(ranges=list(state.ranges), poison=tuple(sorted(state.poison)), last_words=state.last_words)
 
     @staticmethod
     def _split(state: _Unit, died_in: Range) -> None:
@@ -98,6 +118,10 @@ class Ledger:
         else:
             middle = (first + last) // 2
             state.ranges[place : place + 1] = [(first, middle), (middle, last)]
+
+    def died(self, unit: str, words: str) -> None:
+        """What the engine said when it died on a unit."""
+        self._units.setdefault(unit, _Unit()).last_words = words
 
     def entering(self, unit: str, rows: Range) -> None:
         self._units[unit].entered = rows

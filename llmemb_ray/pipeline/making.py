@@ -41,10 +41,12 @@ class Isolation:
 
     ranges: row ranges to embed one after the other; ``entering(range)`` is called before each and outlives the process
     poison: rows known to kill the engine
+    last_words: what the engine said when it died, if anything
     """
 
     ranges: list[tuple[int, int]]
     poison: frozenset[int] = frozenset()
+    last_words: str = ""
     entering: Callable[[tuple[int, int]], None] = field(default=lambda _: None)
 
 
@@ -180,7 +182,8 @@ class Making:
 
     def _isolated(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures, isolation: Isolation) -> Work:
         """The same, range by range, without the rows that are known to kill the engine."""
-        reason = ("kills_engine", "the process that held the model died on this row, again and again")
+        said = f": {isolation.last_words}" if isolation.last_words else ""
+        reason = ("kills_engine", f"the process that held the model died on this row, again and again{said}")
         failed |= dict.fromkeys(isolation.poison & set(todo.tolist()), reason)
         work = Work()
         for first, last in isolation.ranges:

@@ -58,6 +58,8 @@ def look(settings: EmbedSettings) -> Prospect:
         raise ConfigError(f"deadline: {settings.deadline} has passed; give another, or leave it out")
     output = Storage(absolute(settings.output), settings.access)
     spec = settle(settings)
+    if spec.backend == "auto" and (begun := None if settings.overwrite else Plan.load(output)):
+        spec = replace(spec, backend=begun.engine["backend"], backend_why="the run was begun with it")
     _check_chunks(settings, spec)
     if settings.dtype == "ubinary" and spec.dimension % 8:
         raise ConfigError(f"ubinary: {spec.dimension} dimensions are no whole number of bytes; keep {spec.dimension // 8 * 8} with dimensions")

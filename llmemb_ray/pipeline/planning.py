@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from llmemb_ray import __version__
+from llmemb_ray import __version__, engines
 from llmemb_ray.config import EmbedSettings
 from llmemb_ray.corpus import files as corpus_files
 from llmemb_ray.corpus.columns import Selection, filtered
@@ -41,13 +41,16 @@ LEAST_ROWS = 256
 BAD_FILES_SHOWN = 20
 """Bad files named in one message."""
 
-ENGINES = ("ray", "torch", "transformers", "pyarrow", "peft", "bitsandbytes", "tokenizers")
+PACKAGES = ("ray", "torch", "transformers", "pyarrow", "peft", "bitsandbytes", "tokenizers")
 
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what makes the vectors; recorded, and warned about when they change."""
     found = {"llmemb_ray": __version__}
-    for name in ENGINES:
+    vllm = engines.vllm_version()
+    if vllm is not None:
+        found["vllm"] = vllm
+    for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -59,7 +62,10 @@ def identity(
     settings: EmbedSettings, spec: EmbedderSpec, found: Sequence[Found | PlannedFile], selection: Selection, calibration: Calibration | None
 ) -> dict[str, Any]:
     """What the run key is made of, known from a listing alone. calibration: that of another run, where its codes are to mean the same."""
-    engine = {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization}
+    engine: dict[str, Any] = {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization}
+    deciding = {name: value for name, value in spec.engine_args.items() if name not in engines.HARMLESS_ENGINE_ARGS}
+    if deciding:
+        engine["engine_args"] = deciding
     calibrates = Precision.calibrates(settings.dtype, settings.centre)
     own = "own" if calibrates else None
     return {

@@ -33,7 +33,8 @@ ROWS_SHOWN = 10
 """Rows of the tables of slowest units and hosts."""
 
 _SUMMED = (
-    *("null_ids", "vectors", "copied", "reused", "truncated", "tokens", "tokens_computed", "tokens_padding", "tokens_shared", "tokens_copied"),
+    *("null_ids", "vectors", "copied", "reused", "truncated"),
+    *("tokens", "tokens_computed", "tokens_padding", "tokens_shared", "tokens_shareable", "tokens_copied"),
     *("shard_bytes", "out_of_memory", "storage_retries"),
 )
 """Fields that commits and receipts call the same."""

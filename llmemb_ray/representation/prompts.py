@@ -71,8 +71,9 @@ class TokenRows:
         return np.diff(self.offsets)
 
     def take(self, rows: Any) -> TokenRows:
-        """The rows at these positions, in this order."""
-        return TokenRows.from_lists([self[row] for row in rows], [bool(self.truncated[row]) for row in rows])
+        """The rows at these positions, in this order; an empty row for None."""
+        none = np.zeros(0, np.int32)
+        return TokenRows.from_lists([none if row is None else self[row] for row in rows], [row is not None and bool(self.truncated[row]) for row in rows])
 
     def shared(self, prefix: IntArray) -> npt.NDArray[np.int64]:
         """int64 [N]: how many leading tokens each row shares with ``prefix``; at least one token stays its own."""

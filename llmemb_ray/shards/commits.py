@@ -62,10 +62,13 @@ class Commit:
     """Tokens that went through the model, padding included."""
     tokens_padding: int = 0
     tokens_shared: int = 0
-    """Tokens not computed because they stand in the shared prefix."""
+    """Tokens not computed because they stand in the shared prefix, or in vLLM's prefix cache."""
+    tokens_shareable: int = 0
+    """Tokens that stand in the shared prefix: what sharing to the token would not compute."""
     tokens_copied: int = 0
     """Tokens not computed because the vector was copied."""
     truncated: int = 0
+    backend: str = ""
     token_budget: int = 0
     out_of_memory: int = 0
     """Times that the token budget was halved."""

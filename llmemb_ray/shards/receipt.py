@@ -53,9 +53,14 @@ class Receipt:
     tokens_computed: int
     tokens_padding: int
     tokens_shared: int
+    """Not computed, because they stood in the shared prefix (or in vLLM's prefix cache)."""
+    tokens_shareable: int = 0
+    """That stood in the shared prefix: what sharing to the token would not compute."""
     tokens_copied: int
     shard_bytes: int
     token_budgets: list[int]
+    backends: dict[str, int] = field(default_factory=dict)
+    """Units by the backend that made them; two where a change of backend was accepted."""
     out_of_memory: int
     storage_retries: int
     seconds_model: float
@@ -163,8 +168,10 @@ def make_receipt(
         tokens_computed=sum(c.tokens_computed for c in commits),
         tokens_padding=sum(c.tokens_padding for c in commits),
         tokens_shared=sum(c.tokens_shared for c in commits),
+        tokens_shareable=sum(c.tokens_shareable for c in commits),
         tokens_copied=sum(c.tokens_copied for c in commits),
         shard_bytes=sum(c.shard_bytes for c in commits),
+        backends=dict(Counter(c.backend for c in commits if c.backend)),
         token_budgets=sorted({c.token_budget for c in commits if c.token_budget}),
         out_of_memory=sum(c.out_of_memory for c in commits),
         storage_retries=sum(c.storage_retries for c in commits),

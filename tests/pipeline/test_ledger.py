@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmemb_ray.pipeline.ledger import Ledger
+from llmemb_ray.pipeline.ledger import Directions, Ledger
 
 
 class Engine:
@@ -19,11 +19,11 @@ class Engine:
     def attempt(self) -> set[int] | None:
         """The rows embedded, or None if the process died."""
         directions = self.ledger.begin("unit", self.rows)
-        if directions is None:
+        if directions.ranges is None:
             return None if self.poison else set(range(self.rows))
-        ranges, known = directions
+        known = directions.poison
         embedded: set[int] = set()
-        for first, last in ranges:
+        for first, last in directions.ranges:
             self.ledger.entering("unit", (first, last))
             todo = set(range(first, last)) - set(known)
             if todo & self.poison:
@@ -46,19 +46,36 @@ def test_only_the_poison_rows_are_lost(rows: int, data: st.DataObject) -> None:
 
 def test_a_unit_is_taken_whole_until_its_attempts_are_used_up() -> None:
     ledger = Ledger(max_attempts=3)
-    assert [ledger.begin("unit", 10) for _ in range(3)] == [None, None, None]
-    assert ledger.begin("unit", 10) == ([(0, 10)], [])
+    assert [ledger.begin("unit", 10).ranges for _ in range(3)] == [None, None, None]
+    assert ledger.begin("unit", 10).ranges == [(0, 10)]
 
 
 def test_an_actor_lost_for_another_reason_costs_no_row() -> None:
     ledger = Ledger(max_attempts=1)
     ledger.begin("unit", 8)
-    assert ledger.begin("unit", 8) == ([(0, 8)], [])
-    assert ledger.begin("unit", 8) == ([(0, 8)], []), "it died before it entered any range"
+    assert ledger.begin("unit", 8) == Directions(ranges=[(0, 8)])
+    assert ledger.begin("unit", 8) == Directions(ranges=[(0, 8)]), "it died before it entered any range"
 
 
 def test_a_committed_unit_is_forgotten() -> None:
     ledger = Ledger(max_attempts=1)
     ledger.begin("unit", 4)
     ledger.done("unit")
-    assert ledger.begin("unit", 4) is None
+    assert ledger.begin("unit", 4) == Directions()
+
+
+def test_whole_units_wait_longer_after_each_death_and_rows_told_apart_do_not_wait() -> None:
+    ledger = Ledger(max_attempts=9, retry_wait=2.0)
+    waits = [ledger.begin("unit", 8).wait for _ in range(10)]
+    assert waits == [0, 2, 4, 8, 16, 32, 60, 60, 60, 0]
+    assert ledger.begin("another", 8).wait == 0
+
+
+def test_what_the_engine_said_last_is_told_with_the_rows_at_fault() -> None:
+    ledger = Ledger(max_attempts=1)
+    ledger.begin("unit", 1)
+    ledger.died("unit", "illegal memory access")
+    ledger.begin("unit", 1)
+    ledger.entering("unit", (0, 1))
+    directions = ledger.begin("unit", 1)
+    assert (directions.poison, directions.last_words) == ((0,), "illegal memory access")

@@ -58,6 +58,7 @@ class Spread:
 class Estimate:
     model: str
     backend: str
+    backend_why: str
     run_key: str
     space: str
     files: int
@@ -169,7 +170,7 @@ def preview(settings: PlanSettings) -> Estimate:
         on_gpu = models.default_device() == "cuda"
     else:
         on_gpu = settings.gpu is not None or settings.gpus_per_actor is None or settings.gpus_per_actor > 0
-    spec = replace(spec, compute_dtype=models.resolve_dtype(spec.compute_dtype, "cuda" if on_gpu else "cpu"))
+    spec = spec.on(on_gpu)
     plan = planning.make_plan(settings, spec, found, selection, actors=actors, gpu=on_gpu)
     made = estimate(
         settings,
@@ -228,6 +229,7 @@ def estimate(
     made = Estimate(
         model=plan.model_name,
         backend=spec.backend,
+        backend_why=spec.backend_why,
         run_key=plan.run_key,
         space=plan.space_digest,
         files=len(plan.files),

@@ -73,7 +73,7 @@ def _work(made: Estimate) -> dict[str, str]:
     share = f"{attention:.0%}" if attention >= 0.005 else "less than 1%"
     return {
         "model": f"{made.model}: about {quantity(made.parameters)} parameters, {size(made.weight_bytes)} as a GPU holds them",
-        "backend": made.backend,
+        "backend": f"{made.backend}: {made.backend_why}",
         "units": f"{made.units:,}",
         "vectors": f"{made.vectors:,} of {made.dimension:,} dimensions",
         "output": f"{size(made.shard_bytes)} as {made.dtype}; {others}",

@@ -1,0 +1,218 @@
+"""The engines that run a model, as far as a setting must know them: their names, what each can do, their weight formats.
+
+Invariant: plain data and rules; imports no engine. A weight format belongs to one backend, so that one name never stands
+for two vector spaces.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Backend = Literal["hf", "vllm"]
+TITLES: dict[Backend, str] = {"hf": "transformers", "vllm": "vLLM"}
+
+Quantization = Literal[
+    "none",
+    "nf4",
+    "llm.int8",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8_per_channel_weight_only",
+    "mxfp8",
+    "nvfp4_per_token",
+    "awq",
+    "gptq",
+    "compressed-tensors",
+    "fp8",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    name: str
+    backend: Backend
+    stored: bool
+    """Whether the checkpoint must hold its weights in this format; else they are quantised while they are loaded."""
+    bytes: float
+    """Of one weight of a layer, scales left out."""
+    what: str
+
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    row.name: row
+    for row in (
+        WeightFormat(name="nf4", backend="hf", stored=False, bytes=0.5, what="4-bit normal floats with double quantisation (bitsandbytes)"),
+        WeightFormat(name="llm.int8", backend="hf", stored=False, bytes=1, what="8-bit integers, outlier columns apart (bitsandbytes)"),
+        WeightFormat(name="fp8_per_tensor", backend="vllm", stored=False, bytes=1, what="8-bit floats, weights and activations, a scale a tensor"),
+        WeightFormat(name="fp8_per_channel", backend="vllm", stored=False, bytes=1, what="8-bit floats, a scale a channel"),
+        WeightFormat(name="fp8_per_block", backend="vllm", stored=False, bytes=1, what="8-bit floats, a scale a block of 128 x 128"),
+        WeightFormat(name="int8_per_channel_weight_only", backend="vllm", stored=False, bytes=1, what="8-bit integers, a scale a channel, activations whole"),
+        WeightFormat(name="mxfp8", backend="vllm", stored=False, bytes=1, what="8-bit floats, a scale for 32 values"),
+        WeightFormat(name="nvfp4_per_token", backend="vllm", stored=False, bytes=0.5, what="4-bit floats, for Blackwell GPUs"),
+        WeightFormat(name="awq", backend="vllm", stored=True, bytes=0.5, what="checkpoints made with AWQ"),
+        WeightFormat(name="gptq", backend="vllm", stored=True, bytes=0.5, what="checkpoints made with GPTQ"),
+        WeightFormat(name="compressed-tensors", backend="vllm", stored=True, bytes=1, what="checkpoints made with llm-compressor"),
+        WeightFormat(name="fp8", backend="vllm", stored=True, bytes=1, what="checkpoints stored in 8-bit floats"),
+    )
+}
+"""What ``quantization`` may name besides none."""
+
+assert set(WEIGHT_FORMATS) == set(get_args(Quantization)) - {"none"}
+
+VLLM_COMPARED: frozenset[str] = frozenset({"opt", "llama", "mistral", "qwen2", "qwen3"})
+"""``model_type`` of the architectures whose vectors from vLLM were found equal to transformers' own (tests/embedders/test_vllm_backend.py)."""
+
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vLLM has kernels for on a CPU."""
+
+VLLM_TESTED = "0.32"
+"""The release of vLLM that the tests run on."""
+
+VLLM_BLOCKS = {"gpu": (16,), "cpu": (32, 64, 128)}
+"""Tokens of a block of vLLM's prefix cache that may be chosen here; a GPU's kernels take more, none of them finer."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Limits that vLLM offers for an adapter's rank."""
+
+HARMLESS_ENGINE_ARGS = frozenset(
+    {
+        "block_size",
+        "compilation_config",
+        "disable_log_stats",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "max_num_partial_prefills",
+        "max_long_partial_prefills",
+        "long_prefill_token_threshold",
+        "max_parallel_loading_workers",
+        "safetensors_load_strategy",
+        "disable_custom_all_reduce",
+        "distributed_executor_backend",
+        "async_scheduling",
+        "seed",
+    }
+)
+"""Arguments of vLLM's engine that change how fast vectors are made, not which; all others belong to the run key."""
+
+OWNED_ENGINE_ARGS: dict[str, str] = {
+    "adapter": "adapter",
+    "allowed_local_media_path": "",
+    "convert": "",
+    "dtype": "compute_dtype",
+    "enable_lora": "adapter",
+    "hf_config_path": "",
+    "hf_overrides": "",
+    "load_format": "allow_pickle",
+    "max_lora_rank": "adapter",
+    "max_loras": "adapter",
+    "max_model_len": "max_tokens",
+    "model": "model",
+    "pooler_config": "pooling",
+    "quantization": "quantization",
+    "revision": "revision",
+    "runner": "",
+    "skip_tokenizer_init": "",
+    "task": "",
+    "tensor_parallel_size": "tensor_parallel",
+    "tokenizer": "",
+    "tokenizer_mode": "",
+    "trust_remote_code": "trust_remote_code",
+}
+"""Arguments that are settled here, with the setting that does so; none where there is nothing to choose."""
+
+
+def refusals(backend: Backend, *, pooling: str, layer: int, quantization: str, tensor_parallel: int, engine_args: Any) -> list[str]:
+    """What of these settings a backend cannot do: a line each, which names the setting and the way out."""
+    format_ = WEIGHT_FORMATS.get(quantization)
+    found = []
+    if format_ is not None and format_.backend != backend:
+        there = ", ".join(name for name, row in WEIGHT_FORMATS.items() if row.backend == backend)
+        found.append(f"quantization: {quantization} is a format of backend {format_.backend}; {backend} has {there}")
+    if backend == "vllm":
+        if pooling == "weighted-mean":
+            found.append("pooling: vLLM has no weighted-mean; set backend hf, or pooling last or mean")
+        if layer != -1:
+            found.append(f"layer: vLLM gives the last layer's states only, not layer {layer}; set backend hf, or layer -1")
+    else:
+        if tensor_parallel > 1:
+            found.append(
+                "tensor_parallel: transformers does not split layers over GPUs; set backend vllm, or gpus_per_actor to spread whole layers over several GPUs"
+            )
+        if engine_args:
+            found.append("engine_arg: is for vLLM's engine; set backend vllm, or leave it out")
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    backend: Backend
+    why: str
+
+
+def choose(
+    *,
+    gpu: bool,
+    model_type: str,
+    head_size: int,
+    stored: str | None,
+    lora_problem: str | None,
+    **settings: Any,
+) -> Choice:
+    """The backend that ``auto`` stands for: vLLM where it is installed, tested and can do all that is asked for.
+
+    gpu: whether the model will run on GPUs; head_size: dimensions of an attention head; stored: format of a quantised
+    checkpoint; lora_problem: why vLLM cannot serve the adapter; settings: those of ``refusals``
+    """
+    needed = refusals("hf", **settings)
+    if needed:
+        return Choice("vllm", f"only vLLM can do it: {needed[0].split(';')[0]}")
+    version = vllm_version()
+    if version is None:
+        return Choice("hf", "vLLM is not installed here")
+    on_cpu = version.endswith("+cpu")
+    reasons = [reason.split(";")[0] for reason in refusals("vllm", **settings)]
+    if on_cpu == gpu:
+        reasons.append(f"vLLM {version} is built for {'the CPU' if on_cpu else 'GPUs'}")
+    if not version.startswith(f"{VLLM_TESTED}."):
+        reasons.append(f"vLLM {version} is untested here, {VLLM_TESTED} is the tested one")
+    if model_type not in VLLM_COMPARED:
+        reasons.append(f"vLLM's vectors of {model_type} were not compared with transformers' (parity does)")
+    if not gpu and head_size not in VLLM_CPU_HEAD_SIZES:
+        reasons.append(f"vLLM has no CPU kernel for attention heads of {head_size} dimensions")
+    if lora_problem:
+        reasons.append(f"vLLM cannot serve the adapter: {lora_problem}")
+    if stored == "bitsandbytes":
+        reasons.append(BITSANDBYTES)
+    return Choice("hf", reasons[0]) if reasons else Choice("vllm", f"vLLM {version} is installed, and {model_type} was compared on it")
+
+
+BITSANDBYTES = "vLLM loads no checkpoint stored through bitsandbytes"
+
+
+def table() -> str:
+    """The weight formats with their backends, a line each, as error messages show them."""
+    return "\n".join(f"  {name:<29} {TITLES[row.backend]:<13} {'stored so; ' if row.stored else ''}{row.what}" for name, row in WEIGHT_FORMATS.items())
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM, such as ``0.32.0`` or ``0.32.0+cpu`` where it is built for the CPU; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return version if name == "vllm" or version.endswith("+cpu") else f"{version}+cpu"
+    return None
+
+
+def block_size(prefixes: list[int], device: Literal["gpu", "cpu"]) -> int:
+    """The largest block that covers as much of the shared prefixes (their tokens) as any other does."""
+    return max(VLLM_BLOCKS[device], key=lambda size: (sum(length // size * size for length in prefixes), size))
