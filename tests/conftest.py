@@ -14,12 +14,20 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from llmemb_ray import cli
+from llmemb_ray import cli, engines
 from tests.small_models import SENTENCES, make_model
 
 pytest_plugins = ["tests.s3_server"]
 
 SHARED = Path(os.environ.get("LLMEMB_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if engines.vllm_version() is None:
+        missing = pytest.mark.skip(reason="vLLM is not installed in this environment; make test builds one that has it")
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(missing)
 
 
 @pytest.fixture(scope="session")

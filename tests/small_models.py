@@ -110,3 +110,54 @@ def make_damaged_model(directory: Path, *, token: str = "#", value: float = floa
     weights["embed_tokens.weight"][tokenizer.convert_tokens_to_ids(token)] = value
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def make_adapter(model: Path, directory: Path, *, rank: int = 8, head: bool = False) -> Path:
+    """Saves a random LoRA adapter of all linear layers. head: trained on the model with its language-model head."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    wrapped = get_peft_model(
+        (AutoModelForCausalLM if head else AutoModel).from_pretrained(model), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    wrapped.save_pretrained(directory)
+    return directory
+
+
+def with_wide_heads(model: Path, directory: Path) -> Path:
+    """A LLaMA-style model whose attention heads are twice as wide, the new half zeros: it computes the same states.
+
+    The rotation is told to turn only the old half, and queries are scaled by √2, since scores are divided by the root of the width.
+    """
+    import json
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    width = config["hidden_size"] // config["num_attention_heads"]
+    config |= {"head_dim": 2 * width, "partial_rotary_factor": 0.5}
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = load_file(directory / "model.safetensors")
+
+    def widened(weight_OI: Any) -> Any:
+        heads = weight_OI.reshape(-1, width, weight_OI.shape[1])
+        return torch.cat([heads, torch.zeros_like(heads)], dim=1).reshape(-1, weight_OI.shape[1])
+
+    for name, weight in weights.items():
+        if name.endswith("q_proj.weight"):
+            weights[name] = widened(weight * 2**0.5).contiguous()
+        elif name.endswith(("k_proj.weight", "v_proj.weight")):
+            weights[name] = widened(weight).contiguous()
+        elif name.endswith("o_proj.weight"):
+            weights[name] = widened(weight.T).T.contiguous()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

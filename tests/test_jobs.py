@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,8 @@ from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
 from tests.ray_cluster import ENVIRONMENT, RAY, RayCluster
 from tests.s3_server import S3Server
-from tests.small_jobs import write
+from tests.small_jobs import vectors_of, write
+from tests.small_models import make_model
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -62,6 +64,27 @@ def test_the_job_runs_on_the_cluster_and_is_verified(cluster: RayCluster, s3: S3
     assert verify(run, against=[s3.url("corpus")]).problems == []
     assert run.receipt is not None
     assert run.receipt.units == 24
+
+
+@pytest.mark.vllm
+def test_the_job_runs_on_vllm(cluster: RayCluster, s3: S3Server, tmp_path: Path) -> None:
+    wide = make_model(tmp_path / "wide", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    for file in wide.iterdir():
+        Storage(s3.url("model"), s3.access()).put(file.name, file.read_bytes())
+    texts = [f"document {row}" for row in range(300)]
+    pq.write_table(pa.table({"id": list(range(300)), "text": texts}), tmp_path / "in.parquet", row_group_size=50)
+    Storage(s3.url("corpus"), s3.access()).put("in.parquet", (tmp_path / "in.parquet").read_bytes())
+    arguments = [s3.url("corpus"), s3.url("out"), "--model", s3.url("model"), "--backend", "vllm", "--actors", "2", "--cpus-per-actor", "1"]
+    done = submit(cluster, s3, *arguments, "--rows-per-unit", "25")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "300 rows read = 300 embedded + 0 rejected" in done.stdout
+    run = Run(Storage(s3.url("out"), s3.access()))
+    assert verify(run, against=[s3.url("corpus")]).problems == []
+    plain = llmemb_ray.Embedder.load(str(wide), backend="hf").encode(texts)
+    ours = {id_: vector for _, table in run.shards() for id_, vector in zip(table["id"].to_pylist(), vectors_of(table["embedding"]), strict=True)}
+    assert max(float(np.abs(ours[row] - plain[row]).max()) for row in range(300)) <= 1e-5
+    assert run.receipt is not None
+    assert run.receipt.backends == {"vllm": 12}
 
 
 def test_a_failing_job_fails_in_plain_words(cluster: RayCluster, s3: S3Server, model: Path) -> None:

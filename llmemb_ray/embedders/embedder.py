@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -39,6 +40,9 @@ class Backend(Protocol):
     def embed(self, rows: TokenRows, prefix: npt.NDArray[np.int32] | None = None, *, on_pack: Callable[[int, int], None] | None = None) -> Pooled:
         """Pools every row. ``prefix`` are tokens that many rows begin with; on_pack is called with (rows, tokens) of each forward pass."""
 
+    def forget(self) -> None:
+        """Drops what is kept of earlier rows and prefixes, so that the next rows are computed anew."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderSpec:
@@ -63,6 +67,8 @@ class EmbedderSpec:
     """Further arguments of vLLM's engine."""
     gpu_share: float = 1.0
     """Of each of its GPUs this embedder may take so much."""
+    gpu: bool = False
+    """Whether it will run on GPUs, once ``on`` has settled it."""
     token_budget: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -81,7 +87,10 @@ class EmbedderSpec:
         """The spec with backend and compute dtype settled for where it will run."""
         choice = engines.Choice(self.backend, self.backend_why) if self.backend != "auto" else self._choice(gpu)
         dtype = models.resolve_dtype(self.compute_dtype, "cuda" if gpu else "cpu")
-        return replace(self, backend=choice.backend, backend_why=choice.why, compute_dtype=dtype)
+        format_ = engines.WEIGHT_FORMATS.get(self.quantization)
+        if self.compute_dtype == "auto" and format_ is not None and format_.backend == "vllm":
+            dtype = "bfloat16"  # vLLM computes with none of its formats in float32.
+        return replace(self, backend=choice.backend, backend_why=choice.why, compute_dtype=dtype, gpu=gpu)
 
     def _choice(self, gpu: bool) -> engines.Choice:
         return engines.choose(
@@ -188,7 +197,8 @@ class Embedder:
     (1, 768)
     """
 
-    def __init__(self, spec: EmbedderSpec, *, device: str | None = None) -> None:
+    def __init__(self, spec: EmbedderSpec, *, device: str | None = None, plain: bool = False) -> None:
+        """plain: transformers without packing or a shared prefix, as the papers' own code runs a model; what vectors are compared with."""
         if device is not None and spec.backend == "auto":
             spec = replace(spec, backend="hf", backend_why="a device was named")
         spec = spec.on(gpu=(device or models.default_device()).startswith("cuda"))
@@ -197,7 +207,8 @@ class Embedder:
         self.spec, self.representation = spec, spec.representation
         self._prompters: dict[Role, Prompter] = {}
         self._lock = threading.Lock()
-        self.backend: Backend = self._vllm() if spec.backend == "vllm" else self._transformers(device)
+        assert not (plain and spec.backend == "vllm"), "plain inference is transformers'"
+        self.backend: Backend = self._vllm() if spec.backend == "vllm" else self._transformers(device, packed=False if plain else None)
 
     def _vllm(self) -> Backend:
         from llmemb_ray.embedders.vllm_backend import VllmBackend
@@ -208,7 +219,7 @@ class Embedder:
                 prefixes.append(self.prompter(role).shared_prefix)
         return VllmBackend(self.spec, prefixes=prefixes)
 
-    def _transformers(self, device: str | None) -> Backend:
+    def _transformers(self, device: str | None, *, packed: bool | None) -> Backend:
         from llmemb_ray.embedders.transformers_backend import TransformersBackend
 
         spec = self.spec
@@ -221,7 +232,8 @@ class Embedder:
             trust_remote_code=spec.trust_remote_code,
             allow_pickle=spec.allow_pickle,
         )
-        return TransformersBackend(model, pooling=self.representation.pooling, layer=self.representation.layer, token_budget=spec.token_budget)
+        representation = self.representation
+        return TransformersBackend(model, pooling=representation.pooling, layer=representation.layer, token_budget=spec.token_budget, packed=packed)
 
     @classmethod
     def load(cls, model: str, *, device: str | None = None, **settings: Any) -> Embedder:
@@ -267,10 +279,17 @@ class Embedder:
         unknown = self._unknown_tokens(rows)
         fit = rows.take([row if row not in unknown else None for row in range(len(rows))]) if unknown else rows
         with self._lock:
+            started = time.perf_counter()
             pooled = self.backend.embed(fit, prefix, on_pack=on_pack)
             vectors = finish(pooled.vectors, self.representation).cpu().numpy()
+            pooled.work.seconds = time.perf_counter() - started
         pooled.work.shareable = int(fit.shared(prefix).sum())
         return Embedded(vectors, pooled.failed | unknown, pooled.work)
+
+    def forget(self) -> None:
+        """Drops what the backend keeps of earlier rows and prefixes: the next rows are computed anew."""
+        with self._lock:
+            self.backend.forget()
 
     def _unknown_tokens(self, rows: TokenRows) -> dict[int, str]:
         """Rows with a token that the model has no embedding for, which a tokenizer with more tokens than the model can make."""
@@ -279,4 +298,5 @@ class Embedder:
             return {}
         places = np.flatnonzero(rows.ids >= size)
         owners = np.searchsorted(rows.offsets, places, side="right") - 1
-        return {int(row): f"token {int(rows.ids[place])} is not among the model's {size}" for row, place in zip(owners, places, strict=True)}
+        last_first = list(zip(owners.tolist(), places.tolist(), strict=True))[::-1]
+        return {row: f"token {int(rows.ids[place])} is not among the model's {size}" for row, place in last_first}

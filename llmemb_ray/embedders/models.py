@@ -359,9 +359,7 @@ def load_model(
                 model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded: {_first_line(error)}") from error
-    problems = {kind: sorted(info[kind])[:5] for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info[kind]}
-    if problems:
-        raise ModelError(f"model {path}: the checkpoint does not fill the model, its vectors would be random: {problems}")
+    _require_filled(path, info)
     if causal and not on_causal:
         model = getattr(model, model.base_model_prefix)
     if adapter is not None:
@@ -371,6 +369,36 @@ def load_model(
     if hasattr(model.config, "text_config"):  # a model of text and images: its text decoder
         model = model.get_decoder()
     return model.eval().requires_grad_(False)
+
+
+def _require_filled(path: Path, info: dict[str, Any]) -> None:
+    problems = {kind: sorted(info[kind])[:5] for kind in ("missing_keys", "mismatched_keys", "error_msgs") if info[kind]}
+    if problems:
+        raise ModelError(f"model {path}: the checkpoint does not fill the model, its vectors would be random: {problems}")
+
+
+def check_filled(path: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> str | None:
+    """Compares a checkpoint with its model, without reading a weight. Raises ModelError if the model has weights that the checkpoint lacks.
+
+    Returns the name that the checkpoint should have for its token embeddings, where it stores them only as the language-model head they are tied to.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    options["use_safetensors"] = None if allow_pickle else True
+    try:
+        with quiet_transformers():
+            model, info = AutoModel.from_pretrained(path, **options)
+            embeddings = next((name for name, weight in model.named_parameters() if weight is model.get_input_embeddings().weight), "")
+            if info["missing_keys"] != {embeddings}:
+                _require_filled(path, info)
+                return None
+            model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {path}: cannot be loaded: {_first_line(error)}") from error
+    _require_filled(path, info)
+    return f"{model.base_model_prefix}.{embeddings}"
 
 
 @contextmanager

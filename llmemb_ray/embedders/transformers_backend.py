@@ -127,6 +127,10 @@ class TransformersBackend:
             result.vectors = torch.zeros(len(rows), output_size(self.config, layer=-1 if self.layer is None else self.layer), device=self.device)
         return result
 
+    def forget(self) -> None:
+        """Drops the keys and values kept of earlier prefixes."""
+        self._prefixes.clear()
+
     def _after_out_of_memory(
         self, rows: TokenRows, own: npt.NDArray[np.int64], pack: packing.Pack, todo: npt.NDArray[np.int64], reason: str, result: Pooled
     ) -> npt.NDArray[np.int64]:

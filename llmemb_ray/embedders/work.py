@@ -23,6 +23,8 @@ class Work:
     shareable: int = 0
     """Tokens that stand in the shared prefix: what sharing to the token would not compute."""
     packs: int = 0
+    seconds: float = 0.0
+    """At work; waiting for another call's turn is not."""
     out_of_memory: int = 0
     """Times the token budget was halved."""
 

@@ -50,7 +50,7 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, workshop: Workshop, *,
     precision = workshop.precision
     started = time.perf_counter()
     made = Making(job, prepared, embedder, workshop, on_pack).vectors(isolation)
-    seconds_model = time.perf_counter() - started
+    seconds_making = time.perf_counter() - started
     problems = made.failed | _unusable(made.vectors, made.failed, precision)
     rows, vectors, rejected = made.rows, made.vectors, prepared.rejected
     copied = made.copies
@@ -107,7 +107,8 @@ def run(job: Job, prepared: Prepared, embedder: Embedder, workshop: Workshop, *,
         token_budget=embedder.backend.token_budget,
         out_of_memory=made.work.out_of_memory,
         storage_retries=prepared.storage_retries + RETRIES.take(),
-        seconds_model=round(seconds_model, 4),
+        seconds_model=round(made.work.seconds, 4),
+        seconds_wait=round(seconds_making - made.work.seconds, 4),
         seconds_write=round(time.perf_counter() - started, 4),
         finished=time.time(),
         host=socket.gethostname(),

@@ -17,6 +17,7 @@ from llmemb_ray.errors import OutputError, RunFailed, RunStopped, UnhealthyVecto
 from llmemb_ray.pipeline import opening, planning
 from llmemb_ray.pipeline.limits import Limits
 from llmemb_ray.pipeline.opening import Prospect
+from llmemb_ray.pipeline.parity import parity
 from llmemb_ray.pipeline.prepare import Job, ReadTask
 from llmemb_ray.pipeline.progress import Counts, Reporter
 from llmemb_ray.shards import commits as commit_records
@@ -140,6 +141,10 @@ def _embed_units(settings: EmbedSettings, plan: Plan, shape: Shape | None, prosp
         )
     job = Job.of(plan, prospect.spec, output, settings.access, dedup=settings.dedup == "exact", reuse=_reuse(plan, prospect, reporter))
     limits = Limits.of(settings, gpus=shape.gpus if shape else 0)
+    if settings.check_parity is not None:
+        limits.tick(1)
+        parity.of_job(settings, job, plan, output, shape=shape, gpu=shape.on_gpu if shape else models.default_device() == "cuda", say=reporter.say)
+        opening.adopt(plan, output, reporter.say)
     limits.tick(0 if shape else 1)
     execution: Execution
     if shape is None:
@@ -167,7 +172,7 @@ def _embed_units(settings: EmbedSettings, plan: Plan, shape: Shape | None, prosp
                     counts.rejects += commit.rejected
                     counts.storage_retries += commit.storage_retries
                     counts.not_finite += commit.reasons.get(NOT_FINITE, 0)
-                    limits.took(commit.seconds_model + commit.seconds_write)
+                    limits.took(commit.seconds_model + commit.seconds_wait + commit.seconds_write)
                 else:
                     failures[unit] = str(error)
                     counts.failed_units = len(failures)

@@ -19,6 +19,7 @@ from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, LlmembError, OutputError, RunMismatch
 from llmemb_ray.pipeline import planning
 from llmemb_ray.pipeline.estimates.estimate import estimate
+from llmemb_ray.pipeline.parity.parity import PATH as PARITY
 from llmemb_ray.representation.space import differences
 from llmemb_ray.shards import commits as commit_records
 from llmemb_ray.shards import reuse
@@ -34,6 +35,9 @@ FILES_SHOWN = 20
 
 CHUNK_SLACK = 8
 """Tokens that a chunk may have more by itself than in its text, where a merge crossed its border."""
+
+BACKEND = ("backend", "engine_args")
+"""What a change of backend changes of a run key's engine."""
 
 Say = Callable[[str], None]
 
@@ -97,7 +101,7 @@ def plan_of(settings: EmbedSettings, prospect: Prospect, *, actors: int, gpu: bo
     if settings.append:
         stored, waiting = _append(stored, settings, prospect, actors, gpu, say)
     else:
-        _require_same(stored, settings, prospect)
+        stored = _same(stored, settings, prospect)
     if prospect.earlier:
         reuse.check(prospect.earlier, stored)
     elif stored.settings.get("reuse") and Run(output).receipt is None:
@@ -115,7 +119,7 @@ def clear(output: Storage) -> None:
     output.delete([commit_records.COMPACTED])
     for directory in (commit_records.DIRECTORY, DATA, REJECTS, reuse.DIRECTORY):
         output.delete_tree(directory)
-    output.delete([reuse.DELETED, CALIBRATION])
+    output.delete([reuse.DELETED, PARITY, CALIBRATION])
     output.delete_tree(f"{OWN}/plan")
 
 
@@ -223,8 +227,16 @@ def _refuse_foreign(output: Storage) -> None:
         raise OutputError(f"{output.url} is not empty ({foreign[0]} …) and holds no run of llmemb_ray; choose another output")
 
 
-def _require_same(plan: Plan, settings: EmbedSettings, prospect: Prospect) -> None:
-    """Raises RunMismatch if the settings and the corpus of now do not make the stored run's key."""
+def adopt(plan: Plan, output: Storage, say: Say) -> None:
+    """Stores a plan whose backend was changed, now that the backends were compared; the plan that stands is left alone."""
+    stored = Plan.load(output)
+    if stored is not None and stored.run_key != plan.run_key:
+        plan.save(output)
+        say(f"accept_backend_change: the run goes on with backend {plan.engine['backend']}; what {stored.engine['backend']} has embedded stays")
+
+
+def _same(plan: Plan, settings: EmbedSettings, prospect: Prospect) -> Plan:
+    """The stored plan, or, where that is accepted, with the backend of now. Raises RunMismatch if settings and corpus of now do not make its run key."""
     found = planning.in_order_of(plan, prospect.found)
     parts = planning.identity(settings, prospect.spec, found, plan.selection, prospect.calibration)
     asked = replace(plan, space=parts["space"], engine=parts["engine"], corpus=parts["corpus"])
@@ -235,4 +247,22 @@ def _require_same(plan: Plan, settings: EmbedSettings, prospect: Prospect) -> No
             f"the corpus is not the one that the run in {prospect.output.url} was planned for:\n{shown}\n"
             "Bring the old files back, add new ones with --append, or embed the corpus into another output (--reuse copies what has not changed)."
         )
+    begun = {name: plan.engine[name] for name in BACKEND if name in plan.engine}
+    rest = {name: value for name, value in asked.engine.items() if name not in BACKEND}
+    if asked.engine["backend"] != plan.engine["backend"] and replace(asked, engine=rest | begun).run_key == plan.run_key:
+        return _on_another_backend(plan, asked, settings, prospect.output)
     plan.require_same(asked, prospect.output.url)
+    return plan
+
+
+def _on_another_backend(plan: Plan, asked: Plan, settings: EmbedSettings, output: Storage) -> Plan:
+    """The plan of a run that is to go on with another backend, not stored yet. Raises RunMismatch where that is not accepted."""
+    if not settings.accept_backend_change:
+        ours, theirs = asked.engine["backend"], plan.engine["backend"]
+        raise RunMismatch(
+            f"{output.url} holds a run begun with backend {theirs}, asked for now is {ours}; all else is the same. Set backend {theirs}; "
+            "or let the backends be compared on some rows, and go on if they agree: --accept-backend-change --check-parity 64"
+        )
+    if Run(output).receipt is not None:
+        return plan  # Nothing is left to embed.
+    return replace(plan, engine=asked.engine, earlier_run_keys=[*plan.earlier_run_keys, plan.run_key])

@@ -82,7 +82,7 @@ def _banners(facts: Facts) -> list[str]:
     found = []
     if facts.state != "finished":
         going = "is going on" if facts.state == "running" else "was stopped; the same embed command continues it"
-        appended = f" Files were appended to it {facts.generation} times; the last of them are not done." if facts.generation else ""
+        appended = f" Files were added to it, or its backend was changed, {facts.generation} times; the latest are not done." if facts.generation else ""
         found.append(
             f"The run {going}: {facts.units_committed:,} of {facts.units:,} units are committed and there is no receipt. "
             f"All figures are of these units.{appended}"

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmemb_ray import engines
 from llmemb_ray.config import ModelSettings
 from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.embedder import Embedder, settle
@@ -52,6 +53,9 @@ def load_embedder(run: Run, access: Access | None = None, *, model: str | None =
     commit = plan.space["model"]
     values: dict[str, Any] = {"model": model or plan.model_name, "adapter": plan.adapter_name}
     values |= {name: settings[name] for name in ("quantization", "trust_remote_code", "allow_pickle") if name in settings}
+    # A few queries are embedded sooner than vLLM has started, and both backends give the same vectors; its weight formats only it can read.
+    format_ = engines.WEIGHT_FORMATS.get(settings.get("quantization", "none"))
+    values["backend"] = format_.backend if format_ else "hf"
     if model is None and not commit.startswith("sha256:"):
         values["revision"] = commit
     if access is not None:

@@ -74,6 +74,8 @@ class Commit:
     """Times that the token budget was halved."""
     storage_retries: int = 0
     seconds_model: float = 0.0
+    seconds_wait: float = 0.0
+    """For the model, which was at work on another unit of the actor, and for copies to be looked up."""
     seconds_write: float = 0.0
     finished: float = 0.0
     """Unix time of the commit."""

@@ -60,7 +60,7 @@ class Plan:
     dimension: int
     dtype: Dtype
     earlier_run_keys: list[str] = field(default_factory=list)
-    """Run keys of the generations before this one, the first first; each appended files to the one before."""
+    """Run keys of the generations before this one, the first first; each appended files to the one before, or changed its backend."""
     id_type: str | None = None
     kept_types: dict[str, str] = field(default_factory=dict)
     model_name: str = ""
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def generation(self) -> int:
-        """How often files were appended."""
+        """How often files were appended or the backend was changed."""
         return len(self.earlier_run_keys)
 
     def run_keys_of(self, file: int) -> list[str]:

@@ -72,7 +72,7 @@ class Receipt:
     versions: dict[str, str] = field(default_factory=dict)
     version_changes: list[str] = field(default_factory=list)
     generation: int = 0
-    """How often files were appended."""
+    """How often files were appended or the backend was changed."""
     reuse: dict[str, Any] = field(default_factory=dict)
     """The run that vectors were copied from, and how many of its rows this one no longer has."""
     finished: float = 0.0

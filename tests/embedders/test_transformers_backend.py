@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +18,12 @@ from llmemb_ray.embedders.transformers_backend import TransformersBackend, outpu
 from llmemb_ray.errors import ConfigError, ModelError
 from llmemb_ray.representation import Pooling, TokenRows
 from llmemb_ray.representation.representation import POOLINGS
+from tests.embedders.inference import FP32_BOUND, PREFIX, RANDOM, ROWS, Reference, assert_spread, embed, reference_of
 from tests.small_models import config_of, make_model
-
-FP32_BOUND = 1e-5
 
 PACKED_KINDS = ("opt", "opt-350m", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "phi", "phi3", "gemma", "gemma3_text")
 PADDED_KINDS = ("gemma2", "bloom", "mamba")
 KINDS = (*PACKED_KINDS, *PADDED_KINDS)
-
-RANDOM = np.random.default_rng(1)
-PREFIX = RANDOM.integers(3, 300, 20).astype(np.int32)
-
-
-def make_rows() -> list[np.ndarray[Any, np.dtype[np.int32]]]:
-    """Rows of 1 to 70 tokens: without the prefix, with it, with most of it, exactly it; in no order."""
-    rows = []
-    for index in range(24):
-        own = RANDOM.integers(3, 300, int(RANDOM.integers(1, 50))).astype(np.int32)
-        rows.append([own, np.concatenate([PREFIX, own]), np.concatenate([PREFIX[:17], own])][index % 3])
-    return [*rows, PREFIX, PREFIX[:1], rows[4]]
-
-
-ROWS = make_rows()
-Reference = Callable[[list[Any], str, int], torch.Tensor]
-
-
-def reference_of(model: Any) -> Reference:
-    """Normalised vectors of one sequence at a time, without mask, padding or cache; every state kept for other poolings."""
-    states: dict[bytes, tuple[torch.Tensor, ...]] = {}
-
-    def one(row: Any) -> tuple[torch.Tensor, ...]:
-        key = np.asarray(row, np.int32).tobytes()
-        if key not in states:
-            with torch.no_grad():
-                states[key] = model(input_ids=torch.tensor(np.asarray(row, np.int64))[None], output_hidden_states=True).hidden_states
-        return states[key]
-
-    def vectors(rows: list[Any], pooling: str = "last", layer: int = -1) -> torch.Tensor:
-        pooled = []
-        for row in rows:
-            hidden_LD = one(row)[layer][0].float()
-            if pooling == "last":
-                pooled.append(hidden_LD[-1])
-            elif pooling == "mean":
-                pooled.append(hidden_LD.mean(0))
-            else:
-                weights = torch.arange(1, len(hidden_LD) + 1).float()
-                pooled.append((weights[:, None] * hidden_LD).sum(0) / weights.sum())
-        return normalize(torch.stack(pooled), dim=1)
-
-    return vectors
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +46,6 @@ def references(directories: dict[str, Path]) -> dict[str, Reference]:
 
 def backend_of(directory: Path, **options: Any) -> TransformersBackend:
     return TransformersBackend(load_model(directory, device="cpu", compute_dtype=options.pop("compute_dtype", "float32")), **({"token_budget": 200} | options))
-
-
-def embed(backend: TransformersBackend, rows: list[Any], prefix: Any = None) -> torch.Tensor:
-    pooled = backend.embed(TokenRows.from_lists(rows), prefix)
-    assert not pooled.failed
-    return normalize(pooled.vectors, dim=1)
-
-
-def assert_spread(vectors: torch.Tensor) -> None:
-    """The rows' vectors differ by far more than the bound, or the comparison would say nothing."""
-    distances = torch.cdist(vectors[:10], vectors[:10]) + torch.eye(10)
-    assert distances.min() > 100 * FP32_BOUND
 
 
 def test_every_row_of_the_table_has_its_test() -> None:

@@ -1,4 +1,4 @@
-"""A row that kills the process which embeds it. Installed in the workers of a test's own Ray; the engine stays the real one."""
+"""Rows that kill the process which embeds them, or break vLLM's engine. Installed in the workers of a test's own Ray; the engine stays the real one."""
 
 from __future__ import annotations
 
@@ -8,21 +8,36 @@ from typing import Any
 REPEATS = 64
 """A prompt that holds one token so often kills its process."""
 
+BREAKS = "LLMEMB_TEST_POISON_BREAKS_ENGINE"
+"""Set in the environment: such a row does not end its process, but breaks the engine of vLLM in it."""
+
 POISON = "~" * (4 * REPEATS)
 
 
 def install() -> None:
-    """Wraps the backend of this worker process."""
+    """Wraps the embedder of this worker process."""
     import numpy as np
 
-    from llmemb_ray.embedders.transformers_backend import TransformersBackend
+    from llmemb_ray.embedders.embedder import Embedder
 
-    plain = TransformersBackend.embed
+    plain = Embedder.embed_tokens
 
-    def embed(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+    def embed_tokens(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
         for row in range(len(rows)):
             if len(rows[row]) and np.bincount(rows[row]).max() >= REPEATS:
-                os._exit(13)
+                if BREAKS in os.environ:
+                    break_engine(self.backend)
+                else:
+                    os._exit(13)
         return plain(self, rows, *args, **kwargs)
 
-    TransformersBackend.embed = embed  # type: ignore[method-assign]
+    Embedder.embed_tokens = embed_tokens  # type: ignore[method-assign]
+
+
+def break_engine(backend: Any) -> None:
+    """Lets the next step of vLLM's engine fail, as an illegal memory access on a GPU would."""
+
+    def step() -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    backend._engine.step = step

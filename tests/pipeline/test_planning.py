@@ -142,6 +142,8 @@ MATTERS: dict[str, dict[str, Any]] = {
     "filter": {"filter": "other = 'a'"},
     "limit_rows": {"limit_rows": 1},
     "dtype": {"dtype": "float16"},
+    "backend": {"backend": "vllm"},
+    "engine_arg": {"backend": "vllm", "engine_arg": ["kv_cache_dtype=fp8"]},
     "centre": {"dtype": "ubinary", "centre": True},
     "calibration": {"dtype": "int8", "calibration": "calibrated"},
     "chunk_tokens": {"chunk_tokens": 8},
@@ -154,6 +156,8 @@ MATTERS: dict[str, dict[str, Any]] = {
 BASES: dict[str, dict[str, Any]] = {
     "demo": {"prompt": "prompteol-icl", "demo": ["A man is running.=>Run"]},
     "instruction": {"prompt": "e5", "instruction": "Find them"},
+    "backend": {"backend": "hf"},
+    "engine_arg": {"backend": "vllm", "engine_arg": ["max_num_seqs=8"]},
     "centre": {"dtype": "ubinary"},
     "calibration": {"dtype": "int8"},
     "chunk_overlap": {"chunk_tokens": 8},
@@ -165,7 +169,7 @@ DOES_NOT: dict[str, Any] = {
     "endpoint_url": "http://127.0.0.1:1",
     "storage_options": {"auto_mkdir": True},
     "storage_retry_seconds": 7.0,
-    "backend": "hf",
+    "tensor_parallel": 2,
     "token_budget": 64,
     "trust_remote_code": True,
     "allow_pickle": True,
@@ -185,12 +189,15 @@ DOES_NOT: dict[str, Any] = {
     "gpus_per_actor": 0.5,
     "cpus_per_actor": 2.0,
     "max_attempts": 9,
+    "retry_wait": 5.0,
     "ray_address": "ray://head:10001",
     "window_units": 17,
+    "check_parity": 8,
+    "accept_backend_change": True,
 }
 """Settings that say where and how fast: changing them between two attempts must not cost what is done."""
 
-ONLY_BESIDE = {"max_cost": {"price": 1.0}}
+ONLY_BESIDE: dict[str, dict[str, Any]] = {"max_cost": {"price": 1.0}, "accept_backend_change": {"check_parity": 8}, "tensor_parallel": {"backend": "vllm"}}
 """What such a setting needs beside it."""
 
 REFUSED = {"revision"}
@@ -203,7 +210,7 @@ def run_key(places: dict[str, str], changes: dict[str, Any]) -> str:
         values |= {name: places[values[name]]} if values.get(name) else {}
     values["input"] = [places[name] for name in values["input"]]
     settings = EmbedSettings.make(values)
-    spec = settle(settings)
+    spec = settle(settings).on(gpu=False)
     found, selection = planning.find(settings)
     vectors = np.eye(4, dtype=np.float32)
     calibration = Calibration.measure(vectors, "space") if settings.calibration else None
@@ -221,7 +228,8 @@ def test_a_setting_that_matters_makes_another_run(places: dict[str, str], name: 
 
 @pytest.mark.parametrize("name", DOES_NOT)
 def test_a_setting_that_does_not_matter_keeps_the_run(places: dict[str, str], name: str) -> None:
-    assert run_key(places, {name: DOES_NOT[name]} | ONLY_BESIDE.get(name, {})) == run_key(places, {})
+    beside = ONLY_BESIDE.get(name, {})
+    assert run_key(places, {name: DOES_NOT[name]} | beside) == run_key(places, beside)
 
 
 def test_a_revision_of_a_directory_is_refused(places: dict[str, str]) -> None:

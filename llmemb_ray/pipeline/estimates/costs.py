@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmemb_ray import engines
 from llmemb_ray.config import EmbedSettings
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec
@@ -24,9 +25,6 @@ Range = tuple[float, float]
 
 WEIGHT_SHARE = 0.8
 """Of a GPU's memory the weights may take so much; the rest is for activations."""
-
-QUANTISED_BYTES = {"nf4": 0.5, "llm.int8": 1.0}
-DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +78,10 @@ def parameters(spec: EmbedderSpec, config: Any) -> float:
 
 def weight_bytes(spec: EmbedderSpec, config: Any, compute_dtype: models.ComputeDtype) -> float:
     """Bytes of the weights as a GPU holds them; of a quantised model the token embeddings stay in the compute dtype."""
-    each = DTYPE_BYTES[models.resolve_dtype(compute_dtype, "cuda")]
+    each = models.DTYPE_BYTES[models.resolve_dtype(compute_dtype, "cuda")]
     layers = spec.model_flops / 2
-    return layers * QUANTISED_BYTES.get(spec.quantization, each) + (parameters(spec, config) - layers) * each
+    format_ = engines.WEIGHT_FORMATS.get(spec.stored or spec.quantization)
+    return layers * (format_.bytes if format_ else each) + (parameters(spec, config) - layers) * each
 
 
 def gpus_needed(weights: float, gpu: Gpu) -> int:

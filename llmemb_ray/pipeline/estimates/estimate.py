@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from llmemb_ray import engines
 from llmemb_ray.config import EmbedSettings, PlanSettings, parse_actors, parse_utilization
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
@@ -21,7 +22,6 @@ from llmemb_ray.errors import NotFound, OutputError
 from llmemb_ray.pipeline import planning
 from llmemb_ray.pipeline.estimates import costs, gpus, sampled
 from llmemb_ray.pipeline.estimates.costs import Counts, Hours, Range
-from llmemb_ray.pipeline.estimates.sampled import VLLM_BLOCK
 from llmemb_ray.pipeline.prepare import Job
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Dtype
@@ -211,7 +211,7 @@ def estimate(
     seen = sampled.take(job, plan, sample_rows)
     scale = plan.rows / max(1, seen.source_rows)
     prompter = spec.prompter(job.role)
-    shared = seen.shared(prompter.shared_prefix, config, spec.representation.pooling)
+    shared = seen.shared(prompter.shared_prefix, config, spec.representation.pooling, block_of(spec))
     shared_by = {backend: round(int(count.sum()) * scale) for backend, count in shared.items()}
     tokens = round(int(seen.prompts.lengths.sum()) * scale)
     margin = seen.margin(plan.rows)
@@ -291,11 +291,16 @@ def estimate(
     return replace(made, notes=_notes(made, settings, spec, config, gpu, throughput))
 
 
+def block_of(spec: EmbedderSpec) -> int:
+    """Tokens of a block of vLLM's prefix cache where the model will run."""
+    return engines.VLLM_BLOCK["gpu" if spec.gpu else "cpu"]
+
+
 def _assumptions(settings: EmbedSettings, spec: EmbedderSpec, gpu: str | None, throughput: float | None, utilization: Range) -> list[str]:
     lines = [
         "the rows of the sample stand for all: they are the first of row groups spread evenly over the corpus; ± is two standard errors, from place to place",
         "saved tokens are those of the prefix that ordinary prompts share; vLLM shares whole blocks of "
-        f"{VLLM_BLOCK} tokens (its default on a GPU), and only with pooling last",
+        f"{block_of(spec)} tokens (the smallest on {'a GPU' if spec.gpu else 'a CPU'}), and only with pooling last",
         "operations are two for each weight of the layers and token, and causal attention; token embeddings, norms and padding are left out",
         "sizes are of a shard encoded with random vectors beside the sample's other columns, which pack a little tighter in larger shards",
     ]
@@ -340,8 +345,8 @@ def _notes(made: Estimate, settings: EmbedSettings, spec: EmbedderSpec, config: 
             f"{made.sample_truncated / made.sample_prompts:.1%} of the texts lose their end: raise --max-tokens if the model allows it, "
             "or cut texts into chunks (--chunk-tokens)"
         )
-    if 0 < made.shared_prefix_tokens < VLLM_BLOCK:
-        notes.append(f"the shared prefix of {made.shared_prefix_tokens} tokens fills no block of {VLLM_BLOCK}: vLLM saves nothing")
+    if 0 < made.shared_prefix_tokens < block_of(spec):
+        notes.append(f"the shared prefix of {made.shared_prefix_tokens} tokens fills no block of {block_of(spec)}: vLLM saves nothing")
     if made.shared_prefix_tokens and made.tokens and not made.tokens_shared_by["hf"]:
         notes.append(f"the transformers backend runs {config.model_type} as padded batches: it shares no prefix, and padding comes on top")
     if made.dtype == "ubinary":

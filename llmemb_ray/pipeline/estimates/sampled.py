@@ -31,9 +31,6 @@ ROWS = 2000
 FILE_BYTES = 16 * 2**20
 """… but about so much of the files at most: of long documents fewer rows are read."""
 
-VLLM_BLOCK = 16
-"""Tokens of a block of vLLM's prefix cache on a GPU: it shares whole blocks only."""
-
 ENCODED_BYTES = 4 * 2**20
 """Vectors made up to see how large a shard comes out."""
 
@@ -85,17 +82,18 @@ class Sampled:
         variance = (1 - seen / rows) * places / (places - 1) * float(rest @ rest) / seen**2
         return float(2 * rows * np.sqrt(variance))
 
-    def shared(self, prefix: npt.NDArray[np.int32], config: Any, pooling: Pooling) -> dict[str, Counts]:
+    def shared(self, prefix: npt.NDArray[np.int32], config: Any, pooling: Pooling, block: int) -> dict[str, Counts]:
         """int64 [M] by backend: leading tokens of each prompt that are not computed, because they stand in the shared prefix.
 
-        hf shares to the token, where it packs; vllm, which caches prefixes only for last-token pooling, in whole blocks.
+        hf shares to the token, where it packs; vllm, which caches prefixes only for last-token pooling, in whole blocks of
+        ``block`` tokens.
         """
         none = np.zeros(len(self.prompts), np.int64)
         switch = capabilities.rope_switch(config)
         exact = self.prompts.shared(prefix[:switch]) if len(prefix) and capabilities.mode(config) == "packed" else none
         if switch is not None:
             exact = np.where(self.prompts.lengths > switch, 0, exact)
-        blocks = self.prompts.shared(prefix) // VLLM_BLOCK * VLLM_BLOCK if len(prefix) and pooling == "last" else none
+        blocks = self.prompts.shared(prefix) // block * block if len(prefix) and pooling == "last" else none
         return {"hf": exact, "vllm": blocks}
 
     def shard_bytes(self, dimension: int, precision: Precision, *, vectors: int, units: int) -> int:
