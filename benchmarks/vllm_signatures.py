@@ -21,7 +21,7 @@ from pathlib import Path
 
 OURS = Path(__file__).parents[1] / "llmemb_ray"
 
-ARGUMENTS = "arguments"
+ARGUMENTS = "chosen"
 """The variable in which our backend gathers what it passes to ``EngineArgs``."""
 
 
@@ -41,13 +41,15 @@ class Used:
 
 
 USED = (
-    Used("engine/arg_utils.py", "EngineArgs", ("model",)),
+    Used("engine/arg_utils.py", "EngineArgs", ("model", "enable_lora", "max_loras", "max_lora_rank")),
     Used("engine/arg_utils.py", "EngineArgs.create_engine_config"),
     Used("v1/engine/llm_engine.py", "LLMEngine.from_engine_args", ("engine_args",)),
     Used("v1/engine/llm_engine.py", "LLMEngine.add_request", ("request_id", "prompt", "params", "lora_request")),
     Used("v1/engine/llm_engine.py", "LLMEngine.step"),
     Used("v1/engine/llm_engine.py", "LLMEngine.has_unfinished_requests"),
     Used("v1/engine/llm_engine.py", "LLMEngine.abort_request", ("request_ids",)),
+    Used("v1/engine/llm_engine.py", "LLMEngine.add_lora", ("lora_request",)),
+    Used("v1/engine/llm_engine.py", "LLMEngine.reset_prefix_cache"),
     Used("inputs/engine.py", "tokens_input", ("prompt_token_ids",)),
     Used("pooling_params.py", "PoolingParams", ("task", "use_activation")),
     Used("config/pooler.py", "PoolerConfig", ("seq_pooling_type", "use_activation")),
@@ -59,6 +61,7 @@ USED = (
     Used("config/cache.py", "CacheConfig", ("block_size", "enable_prefix_caching")),
     Used("platforms/interface.py", "Platform.is_cpu"),
     Used("platforms/interface.py", "Platform.device_type", text=True),
+    Used("platforms/interface.py", "Platform.get_device_total_memory"),
     Used("exceptions.py", "VLLMClientError"),
     Used("exceptions.py", "VLLMValidationError.__init__"),
     Used("v1/engine/exceptions.py", "EngineDeadError.__init__"),
@@ -85,7 +88,10 @@ USED = (
     Used("entrypoints/pooling/offline.py", "PoolingOfflineMixin.embed", ("prompts", "use_tqdm", "pooling_params", "lora_request")),
 )
 
-VARIABLES = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL", "VLLM_USE_V2_MODEL_RUNNER")
+VARIABLES = (
+    *("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL", "VLLM_USE_V2_MODEL_RUNNER"),
+    *("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_NO_USAGE_STATS"),
+)
 """Environment variables that must still be read."""
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Assign | ast.AnnAssign

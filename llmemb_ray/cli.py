@@ -208,7 +208,7 @@ def _print_receipt(receipt: Receipt, output: str, as_json: bool) -> None:
         return
     click.echo(_accounts(data))
     shared = f", {data['tokens_shared']:,} more shared" if data["tokens_shared"] else ""
-    if data["tokens_shareable"] and data["tokens_shared"] != data["tokens_shareable"]:
+    if data["tokens_shared"] < data["tokens_shareable"]:
         shared += f" ({data['tokens_shared'] / data['tokens_shareable']:.0%} of the {data['tokens_shareable']:,} in the shared prefix)"
     padding = data["tokens_padding"] / max(1, data["tokens_computed"])
     click.echo(

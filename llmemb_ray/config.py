@@ -225,6 +225,8 @@ class EmbedSettings(ModelSettings):
             raise ValueError("calibration: is for dtype int8, or ubinary with centre; else nothing is calibrated")
         if self.tensor_parallel > 1 and self.gpus_per_actor not in (None, 0, self.tensor_parallel):
             raise ValueError(f"gpus_per_actor: tensor_parallel={self.tensor_parallel} takes as many GPUs for an actor; leave gpus_per_actor out")
+        if self.backend == "vllm" and (self.gpus_per_actor or 0) > self.tensor_parallel:
+            raise ValueError(f"gpus_per_actor: vLLM would use {self.tensor_parallel} of {self.gpus_per_actor:g} GPUs; set tensor_parallel instead")
         if self.accept_backend_change and (self.check_parity is None or self.append):
             raise ValueError("accept_backend_change: needs check_parity, the number of rows that both backends are compared on, and goes without append")
         if self.append and self.overwrite:

@@ -82,6 +82,9 @@ HARMLESS_ENGINE_ARGS = frozenset(
         "block_size",
         "compilation_config",
         "disable_log_stats",
+        "cpu_offload_gb",
+        "cudagraph_capture_sizes",
+        "download_dir",
         "enable_chunked_prefill",
         "enable_prefix_caching",
         "enforce_eager",
@@ -95,7 +98,6 @@ HARMLESS_ENGINE_ARGS = frozenset(
         "max_parallel_loading_workers",
         "safetensors_load_strategy",
         "disable_custom_all_reduce",
-        "distributed_executor_backend",
         "async_scheduling",
         "seed",
     }
@@ -106,6 +108,8 @@ OWNED_ENGINE_ARGS: dict[str, str] = {
     "adapter": "adapter",
     "allowed_local_media_path": "",
     "convert": "",
+    "data_parallel_size": "actors",
+    "distributed_executor_backend": "",
     "dtype": "compute_dtype",
     "enable_lora": "adapter",
     "hf_config_path": "",
@@ -116,6 +120,7 @@ OWNED_ENGINE_ARGS: dict[str, str] = {
     "max_model_len": "max_tokens",
     "model": "model",
     "pooler_config": "pooling",
+    "pipeline_parallel_size": "tensor_parallel",
     "quantization": "quantization",
     "revision": "revision",
     "runner": "",
@@ -129,7 +134,7 @@ OWNED_ENGINE_ARGS: dict[str, str] = {
 """Arguments that are settled here, with the setting that does so; none where there is nothing to choose."""
 
 
-def refusals(backend: Backend, *, pooling: str, layer: int, quantization: str, tensor_parallel: int, engine_args: Any) -> list[str]:
+def refusals(backend: Backend, *, pooling: str, layer: int, quantization: str, tensor_parallel: int, engine_args: dict[str, Any]) -> list[str]:
     """What of these settings a backend cannot do: a line each, which names the setting and the way out."""
     format_ = WEIGHT_FORMATS.get(quantization)
     found = []
@@ -141,6 +146,8 @@ def refusals(backend: Backend, *, pooling: str, layer: int, quantization: str, t
             found.append("pooling: vLLM has no weighted-mean; set backend hf, or pooling last or mean")
         if layer != -1:
             found.append(f"layer: vLLM gives the last layer's states only, not layer {layer}; set backend hf, or layer -1")
+        cut = [name for name in ("enable_chunked_prefill", "enable_prefix_caching") if pooling != "last" and engine_args.get(name)]
+        found += [f"engine_arg: {name} goes with pooling last only; leave it out" for name in cut]
     else:
         if tensor_parallel > 1:
             found.append(
@@ -157,44 +164,60 @@ class Choice:
     why: str
 
 
-def choose(
-    *,
-    gpu: bool,
-    model_type: str,
-    head_size: int,
-    stored: str | None,
-    lora_problem: str | None,
-    **settings: Any,
-) -> Choice:
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What of a model decides whether vLLM can run it.
+
+    model_type: of its configuration; head_size: dimensions of an attention head; heads: their number; stored: format of a
+    quantised checkpoint; lora_problem: why vLLM cannot serve the adapter; beyond_rope_switch: whether prompts may be longer
+    than LongRoPE's switch
+    """
+
+    model_type: str
+    head_size: int
+    heads: int
+    stored: str | None
+    lora_problem: str | None
+    beyond_rope_switch: bool
+
+
+def cannot_serve(model: ModelFacts, *, tensor_parallel: int, **_: Any) -> list[str]:
+    """Why vLLM cannot run a model rightly, whatever device it is on: a line each."""
+    reasons = []
+    if model.lora_problem:
+        reasons.append(f"vLLM cannot serve the adapter: {model.lora_problem}")
+    if model.stored == "bitsandbytes":
+        reasons.append("vLLM loads no checkpoint stored through bitsandbytes")
+    if model.beyond_rope_switch:
+        reasons.append("with max_tokens beyond the model's original length vLLM turns short prompts by LongRoPE's long angles too; lower max_tokens")
+    if model.heads % tensor_parallel:
+        reasons.append(f"tensor_parallel: {model.heads} attention heads cannot be split over {tensor_parallel} GPUs")
+    return reasons
+
+
+def choose(*, gpu: bool, model: ModelFacts, **settings: Any) -> Choice:
     """The backend that ``auto`` stands for: vLLM where it is installed, tested and can do all that is asked for.
 
-    gpu: whether the model will run on GPUs; head_size: dimensions of an attention head; stored: format of a quantised
-    checkpoint; lora_problem: why vLLM cannot serve the adapter; settings: those of ``refusals``
+    gpu: whether the model will run on GPUs; settings: those of ``refusals``
     """
     needed = refusals("hf", **settings)
     if needed:
         return Choice("vllm", f"only vLLM can do it: {needed[0].split(';')[0]}")
     version = vllm_version()
     if version is None:
-        return Choice("hf", "vLLM is not installed here")
+        return Choice("hf", "vLLM is not installed where the command runs")
     on_cpu = version.endswith("+cpu")
     reasons = [reason.split(";")[0] for reason in refusals("vllm", **settings)]
     if on_cpu == gpu:
         reasons.append(f"vLLM {version} is built for {'the CPU' if on_cpu else 'GPUs'}")
     if not version.startswith(f"{VLLM_TESTED}."):
         reasons.append(f"vLLM {version} is untested here, {VLLM_TESTED} is the tested one")
-    if model_type not in VLLM_COMPARED:
-        reasons.append(f"vLLM's vectors of {model_type} were not compared with transformers' (parity does)")
-    if not gpu and head_size not in VLLM_CPU_HEAD_SIZES:
-        reasons.append(f"vLLM has no CPU kernel for attention heads of {head_size} dimensions")
-    if lora_problem:
-        reasons.append(f"vLLM cannot serve the adapter: {lora_problem}")
-    if stored == "bitsandbytes":
-        reasons.append(BITSANDBYTES)
-    return Choice("hf", reasons[0]) if reasons else Choice("vllm", f"vLLM {version} is installed, and {model_type} was compared on it")
-
-
-BITSANDBYTES = "vLLM loads no checkpoint stored through bitsandbytes"
+    if model.model_type not in VLLM_COMPARED:
+        reasons.append(f"vLLM's vectors of {model.model_type} were not compared with transformers' (parity does)")
+    if not gpu and model.head_size not in VLLM_CPU_HEAD_SIZES:
+        reasons.append(f"vLLM has no CPU kernel for attention heads of {model.head_size} dimensions")
+    reasons += cannot_serve(model, **settings)
+    return Choice("hf", reasons[0]) if reasons else Choice("vllm", f"vLLM {version} is installed, and {model.model_type} was compared on it")
 
 
 def table() -> str:

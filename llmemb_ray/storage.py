@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -418,3 +419,10 @@ class _RangeReader(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+def cache_directory(name: str) -> Path:
+    """A directory that this node keeps files in from one command to the next."""
+    directory = Path(os.environ.get("LLMEMB_CACHE", Path.home() / ".cache" / "llmemb_ray")) / name
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory

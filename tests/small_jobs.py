@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 import llmemb_ray
 from llmemb_ray.config import EmbedSettings
-from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import Embedder, EmbedderSpec, settle
 from llmemb_ray.pipeline import job, planning
 from llmemb_ray.pipeline.making import Workshop
@@ -96,8 +95,7 @@ class Settled:
 def settled(corpus: Path | str, output: Path, model: Path, *, actors: int = 1, gpu: bool = False, **settings: Any) -> Settled:
     """Plans a job and saves its plan."""
     made = EmbedSettings.make({"input": [str(corpus)], "output": str(output), "model": str(model)} | settings)
-    spec = settle(made)
-    spec = replace(spec, compute_dtype=models.resolve_dtype(spec.compute_dtype, "cuda" if gpu else "cpu"))
+    spec = settle(made).on(gpu)
     found, selection = planning.find(made)
     plan = planning.make_plan(made, spec, found, selection, actors=actors, gpu=gpu)
     storage = Storage(str(output))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ def made(**settings: Any) -> ModelSettings:
         ({"quantization": "nf4", "tensor_parallel": 2}, "nf4 is a format of backend hf"),
         ({"engine_arg": ["dtype=float16"]}, "engine_arg: dtype is settled by llmemb; set compute_dtype instead"),
         ({"engine_arg": ["hf_overrides={a: 1}"]}, "hf_overrides is settled by llmemb; leave it out"),
+        ({"backend": "vllm", "pooling": "mean", "engine_arg": ["enable_prefix_caching=true"]}, "enable_prefix_caching goes with pooling last only"),
+        ({"engine_arg": ["pipeline_parallel_size=2"]}, "pipeline_parallel_size is settled by llmemb; set tensor_parallel instead"),
         ({"engine_arg": ["max_num_seqs"]}, "'max_num_seqs' is not KEY=VALUE"),
         ({"engine_arg": ["max_num_seqs=[1"]}, "the value of max_num_seqs is not YAML"),
     ],
@@ -49,9 +53,10 @@ def test_arguments_of_the_engine_are_yaml() -> None:
 
 def choose(monkeypatch: pytest.MonkeyPatch, version: str | None, **changes: Any) -> engines.Choice:
     monkeypatch.setattr(engines, "vllm_version", lambda: version)
-    usual: dict[str, Any] = {"gpu": True, "model_type": "llama", "head_size": 64, "stored": None, "lora_problem": None}
-    settings: dict[str, Any] = {"pooling": "last", "layer": -1, "quantization": "none", "tensor_parallel": 1, "engine_args": {}}
-    return engines.choose(**(usual | settings | changes))
+    model: dict[str, Any] = {"model_type": "llama", "head_size": 64, "heads": 12, "stored": None, "lora_problem": None, "beyond_rope_switch": False}
+    settings: dict[str, Any] = {"gpu": True, "pooling": "last", "layer": -1, "quantization": "none", "tensor_parallel": 1, "engine_args": {}}
+    facts = engines.ModelFacts(**(model | {name: value for name, value in changes.items() if name in model}))
+    return engines.choose(model=facts, **(settings | {name: value for name, value in changes.items() if name not in model}))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, version: str | None, **changes: Any)
         ("0.32.0", {"quantization": "nf4"}, "hf", "nf4"),
         ("0.32.0", {"stored": "bitsandbytes"}, "hf", "bitsandbytes"),
         ("0.32.0", {"lora_problem": "it is a DoRA adapter"}, "hf", "DoRA"),
+        ("0.32.0", {"beyond_rope_switch": True}, "hf", "LongRoPE"),
         (None, {"tensor_parallel": 8}, "vllm", "only vLLM can do it: tensor_parallel"),
         (None, {"quantization": "awq"}, "vllm", "only vLLM"),
     ],
@@ -93,8 +99,6 @@ def test_auto_takes_vllm_where_it_can_and_says_why(
     ],
 )
 def test_a_format_of_the_checkpoint_is_checked_against_it(stored: str | None, asked: str, message: str, tmp_path: Path) -> None:
-    import json
-
     model = make_model(tmp_path / "model")
     if stored:
         config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": stored, "bits": 4}}
@@ -104,13 +108,67 @@ def test_a_format_of_the_checkpoint_is_checked_against_it(stored: str | None, as
 
 
 def test_a_stored_format_may_be_named_or_left_out(tmp_path: Path) -> None:
-    import json
-
     model = make_model(tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq", "bits": 4}}
     (model / "config.json").write_text(json.dumps(config))
     for asked in ("awq", "none"):
         assert settle(ModelSettings.make({"model": str(model), "quantization": asked})).stored == "awq"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "IA3"}, "IA3 adapter"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["embed_tokens"]}, "whole modules .embed_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base model's weights"),
+        ({"rank_pattern": {"q_proj": 1024}}, "rank is 1024"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_vllm_cannot_serve_is_refused_by_what_it_is(changes: dict[str, Any], message: str, model: Path, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 8, "bias": "none"} | changes
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"vLLM cannot serve the adapter: .*{message}.*set backend hf"):
+        settle(ModelSettings.make({"model": str(model), "backend": "vllm", "adapter": str(tmp_path / "adapter")}))
+
+
+def test_prompts_beyond_the_switch_of_longrope_are_not_for_vllm(tmp_path: Path) -> None:
+    angles = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    phi = make_model(tmp_path / "phi", "phi3", rope_parameters=angles, original_max_position_embeddings=64)
+    within = settle(ModelSettings.make({"model": str(phi), "backend": "vllm", "max_tokens": 64}))
+    assert within.rope_switch == 64
+    with pytest.raises(ConfigError, match=r"LongRoPE.*lower max_tokens.*set backend hf"):
+        settle(ModelSettings.make({"model": str(phi), "backend": "vllm", "max_tokens": 65}))
+
+
+def test_heads_must_be_shared_evenly(model: Path) -> None:
+    with pytest.raises(ConfigError, match="4 attention heads cannot be split over 3 GPUs"):
+        settle(ModelSettings.make({"model": str(model), "backend": "vllm", "tensor_parallel": 3}))
+
+
+def test_a_model_of_text_and_images_is_not_taken_for_its_text_decoder(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "copy")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert settle(ModelSettings.make({"model": str(tmp_path / "copy")})).model_type == "llama"
+    from transformers import Gemma3Config, Gemma3TextConfig
+
+    text = Gemma3TextConfig(vocab_size=len(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]) + 8, hidden_size=32, num_hidden_layers=2)
+    Gemma3Config(text_config=text).save_pretrained(tmp_path / "copy")
+    spec = settle(ModelSettings.make({"model": str(tmp_path / "copy")}))
+    assert spec.model_type == "gemma3"
+    assert spec.model_type not in engines.VLLM_COMPARED
+
+
+def test_gpus_that_vllm_would_leave_idle_are_refused_or_left_to_transformers(model: Path, corpus: Path, tmp_path: Path) -> None:
+    places = {"input": [str(corpus)], "output": str(tmp_path / "out"), "model": str(model), "gpus_per_actor": 4}
+    with pytest.raises(ConfigError, match="gpus_per_actor: vLLM would use 1 of 4 GPUs; set tensor_parallel"):
+        EmbedSettings.make(places | {"backend": "vllm"})
+    spec = settle(EmbedSettings.make(places))
+    assert (spec.backend, "spreads whole layers" in spec.backend_why) == ("hf", True)
 
 
 def test_without_vllm_the_way_to_it_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

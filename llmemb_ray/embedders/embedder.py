@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmemb_ray import engines
-from llmemb_ray.embedders import models
+from llmemb_ray.embedders import capabilities, models
 from llmemb_ray.embedders.models import ModelSource, TokenizerSource
 from llmemb_ray.embedders.work import Pooled, Work
 from llmemb_ray.errors import ConfigError, InputError
@@ -80,31 +80,51 @@ class EmbedderSpec:
     """Dimensions of an attention head."""
     vocabulary: int | None = None
     """Token ids that the model knows; None where its configuration does not say."""
+    heads: int = 0
+    """Attention heads."""
+    rope_switch: int | None = None
+    """Length above which LongRoPE turns rows by other angles."""
     lora_problem: str | None = None
     """Why vLLM cannot serve the adapter."""
 
     def on(self, gpu: bool) -> EmbedderSpec:
         """The spec with backend and compute dtype settled for where it will run."""
-        choice = engines.Choice(self.backend, self.backend_why) if self.backend != "auto" else self._choice(gpu)
+        choice = engines.Choice(self.backend, self.backend_why) if self.backend != "auto" else engines.choose(gpu=gpu, model=self.facts(), **self._settings())
         dtype = models.resolve_dtype(self.compute_dtype, "cuda" if gpu else "cpu")
         format_ = engines.WEIGHT_FORMATS.get(self.quantization)
         if self.compute_dtype == "auto" and format_ is not None and format_.backend == "vllm":
             dtype = "bfloat16"  # vLLM computes with none of its formats in float32.
         return replace(self, backend=choice.backend, backend_why=choice.why, compute_dtype=dtype, gpu=gpu)
 
-    def _choice(self, gpu: bool) -> engines.Choice:
-        return engines.choose(
-            gpu=gpu,
+    def refuse(self) -> None:
+        """Raises ConfigError with all that the backend, once it is known, cannot do."""
+        if self.backend == "auto":
+            return
+        refused = engines.refusals(self.backend, **self._settings())
+        if self.backend == "vllm":
+            refused += [f"backend: {reason}; set backend hf" for reason in engines.cannot_serve(self.facts(), **self._settings())]
+        if refused:
+            raise ConfigError("; ".join(refused))
+
+    def facts(self) -> engines.ModelFacts:
+        """What decides whether vLLM can run the model."""
+        return engines.ModelFacts(
             model_type=self.model_type,
             head_size=self.head_size,
+            heads=self.heads,
             stored=self.stored,
             lora_problem=self.lora_problem,
-            pooling=self.representation.pooling,
-            layer=self.representation.layer,
-            quantization=self.quantization,
-            tensor_parallel=self.tensor_parallel,
-            engine_args=self.engine_args,
+            beyond_rope_switch=self.rope_switch is not None and (self.representation.max_tokens or 0) > self.rope_switch,
         )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "pooling": self.representation.pooling,
+            "layer": self.representation.layer,
+            "quantization": self.quantization,
+            "tensor_parallel": self.tensor_parallel,
+            "engine_args": self.engine_args,
+        }
 
     @property
     def space(self) -> Space:
@@ -140,14 +160,6 @@ def settle(settings: ModelSettings, representation: Representation | None = None
         representation = replace(representation, layer=-1)  # The same states, by their other name.
     stored = models.settle_quantization(settings.quantization, path)
     lora = models.lora_of(models.fetch(adapter, settings.access, weights=False)) if adapter else None
-    if settings.backend != "auto":
-        refused = engines.refusals(settings.backend, **settings.engine(), pooling=representation.pooling, layer=representation.layer)
-        if settings.backend == "vllm" and stored == "bitsandbytes":
-            refused.append(f"backend: {engines.BITSANDBYTES}; set backend hf, or take the checkpoint that is not quantised")
-        if settings.backend == "vllm" and lora and lora.problem:
-            refused.append(f"adapter: vLLM cannot serve it: {lora.problem}; set backend hf, or merge it into the model")
-        if refused:
-            raise ConfigError("; ".join(refused))
     dimension = models.settle_dimension(representation, output_size(config, representation.layer))
     spec = EmbedderSpec(
         model=source,
@@ -167,11 +179,17 @@ def settle(settings: ModelSettings, representation: Representation | None = None
         allow_pickle=settings.allow_pickle,
         access=settings.access,
         model_flops=models.flops_per_token(config),
-        model_type=config.model_type,
+        model_type=str(models.read_config_file(path).get("model_type", "")),
+        heads=int(getattr(config, "num_attention_heads", 0) or 0),
+        rope_switch=capabilities.rope_switch(config),
         head_size=models.head_size(config) if hasattr(config, "num_attention_heads") else 0,
         vocabulary=getattr(config, "vocab_size", None),
         lora_problem=lora.problem if lora else None,
     )
+    spread = getattr(settings, "gpus_per_actor", None) or 0
+    if spec.backend == "auto" and spread > max(1, spec.tensor_parallel):
+        spec = replace(spec, backend="hf", backend_why=f"gpus_per_actor={spread:g} spreads whole layers over GPUs")
+    spec.refuse()
     spec.prompter(settings.role)  # refuses a template that leaves no room for text
     return spec
 

@@ -22,7 +22,7 @@ from llmemb_ray.embedders import capabilities
 from llmemb_ray.errors import ConfigError, ModelError, StorageError
 from llmemb_ray.representation.representation import Representation
 from llmemb_ray.representation.space import digest
-from llmemb_ray.storage import Access, Storage, redact
+from llmemb_ray.storage import Access, Storage, cache_directory, redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,8 +161,7 @@ def fetch(source: ModelSource, access: Access | None = None, *, weights: bool = 
 def _fetch_url(source: ModelSource, access: Access | None, left_out: tuple[str, ...]) -> Path:
     from filelock import FileLock
 
-    cache = Path(os.environ.get("LLMEMB_CACHE", Path.home() / ".cache" / "llmemb_ray")) / "models"
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache_directory("models")
     kind = {WEIGHTS: "-small", OTHER_FRAMEWORKS: "-pickled"}.get(left_out, "")
     target = cache / (source.commit.removeprefix("sha256:")[:32] + kind)
     with FileLock(f"{target}.lock"):
@@ -233,12 +232,36 @@ def cache_bytes_per_token(config: Any, compute_dtype: ComputeDtype) -> int:
     return 2 * key_value_heads(config) * head_size(config) * int(config.num_hidden_layers) * DTYPE_BYTES[compute_dtype]
 
 
-def settle_quantization(asked: engines.Quantization, path: Path) -> str | None:
-    """The format in which the checkpoint stores its weights, None if it is not quantised. Raises ConfigError if it does not go with what is asked for."""
+def activation_bytes_per_token(config: Any, compute_dtype: ComputeDtype) -> int:
+    """About what a forward pass holds for one token at a time, the widest layer and some states."""
+    return int(8 * config.hidden_size + 3 * inner_size(config)) * DTYPE_BYTES[compute_dtype]
+
+
+def inner_size(config: Any) -> int:
+    """Width of the feed-forward layers."""
+    return int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size)
+
+
+def weight_file_bytes(path: Path) -> int:
+    """Bytes of the checkpoint's weights: of its safetensors, or of pickled ones where it has no others."""
+    sizes = [entry.stat().st_size for entry in path.iterdir() if entry.name.endswith(".safetensors")]
+    return sum(sizes or [entry.stat().st_size for entry in path.iterdir() if entry.name.endswith(PICKLED)])
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """``config.json`` as it is. Raises ModelError."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path}: its config.json cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"model {path}: its config.json is no JSON object")
+    return values
+
+
+def settle_quantization(asked: engines.Quantization, path: Path) -> str | None:
+    """The format in which the checkpoint stores its weights, None if it is not quantised. Raises ConfigError if it does not go with what is asked for."""
+    config = read_config_file(path).get("quantization_config") or {}
     stored = str(config.get("quant_method") or "").removeprefix("auto_") or None
     format_ = engines.WEIGHT_FORMATS.get(asked)
     if format_ is None:
@@ -277,6 +300,10 @@ def lora_of(path: Path) -> Lora:
         problem = "it is a DoRA adapter"
     elif config.get("bias", "none") != "none":
         problem = "it changes biases"
+    elif config.get("use_qalora") or config.get("alora_invocation_tokens") or config.get("layer_replication") or config.get("lora_bias"):
+        problem = "it is not plain LoRA (QA-LoRA, activated LoRA, replicated layers or biases)"
+    elif str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        problem = f"it changed the base model's weights when it was begun ({config['init_lora_weights']})"
     elif config.get("modules_to_save"):
         problem = f"it replaces whole modules ({', '.join(config['modules_to_save'])})"
     elif rank > max(engines.LORA_RANKS):
@@ -287,7 +314,7 @@ def lora_of(path: Path) -> Lora:
 def flops_per_token(config: Any) -> float:
     """Twice the weights that a token meets in the layers, from the configuration; attention over the context is left out."""
     hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    inner = inner_size(config)
     heads = config.num_attention_heads if hasattr(config, "num_attention_heads") else 1
     head_size = getattr(config, "head_dim", None) or hidden // heads
     groups = getattr(config, "num_key_value_heads", None) or heads

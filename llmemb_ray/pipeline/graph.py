@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -53,6 +53,9 @@ CALLS_PER_ACTOR = 2
 
 ACTOR_INIT_DEATHS = 20
 """Actors in a row that may die while they load before the job gives up: spot machines go at any time."""
+
+MEMORY_SECONDS = 10.0
+"""Before an actor whose model found too little memory is replaced."""
 
 REPORT_SECONDS = 1.0
 
@@ -157,6 +160,10 @@ class EmbedUnits:
             precision = calibrate.settled(self._job, self._embedder, _Turns(ledger, self._name), on_pack=lambda *_: self._on_pack(0, 0))
             self._workshop = Workshop(precision=precision)
         except LlmembError as error:
+            if "memory" in str(error) and not ray.get(ledger.load_failed.remote()):
+                logger.error("%s; another process tries again in %g s", error, MEMORY_SECONDS)
+                time.sleep(MEMORY_SECONDS)
+                os._exit(1)
             # Told by the first call: Ray would take an error here for a lost actor, and try again for long.
             self._failure = error
         ledger.hello.remote(self._name)
@@ -184,16 +191,17 @@ class EmbedUnits:
         try:
             commit = attempt.run(self._job, prepared, self._embedder, self._workshop, on_pack=self._on_pack, isolation=isolation)
         except EngineDied as error:
-            self._end(unit.name, str(error))
+            return self._end(unit.name, str(error))
         except LlmembError as error:
             self._ledger.failed.remote(unit.name)
             return _record(unit.name, None, str(error))
         self._ledger.done.remote(unit.name)
         return _record(unit.name, commit, None)
 
-    def _end(self, unit: str, words: str) -> NoReturn:
+    def _end(self, unit: str, words: str) -> pa.Table:
         """Ends this process, whose engine is of no use any more: Ray starts another actor, and the unit comes again."""
-        ray.get(self._ledger.died.remote(unit, words))
+        if ray.get(self._ledger.died.remote(unit, words)):
+            return _record(unit, None, f"engines die again and again, on no row in particular; the last one said: {words}", fatal="RunFailed")
         logger.error("unit %s: %s; this process ends and another takes its place", unit, words)
         logging.shutdown()
         os._exit(1)

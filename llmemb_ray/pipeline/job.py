@@ -143,8 +143,8 @@ def _embed_units(settings: EmbedSettings, plan: Plan, shape: Shape | None, prosp
     limits = Limits.of(settings, gpus=shape.gpus if shape else 0)
     if settings.check_parity is not None:
         limits.tick(1)
-        parity.of_job(settings, job, plan, output, shape=shape, gpu=shape.on_gpu if shape else models.default_device() == "cuda", say=reporter.say)
-        opening.adopt(plan, output, reporter.say)
+        compared = parity.of_job(settings, job, plan, output, shape=shape, gpu=shape.on_gpu if shape else models.default_device() == "cuda", say=reporter.say)
+        opening.adopt(plan, output, compared, reporter.say)
     limits.tick(0 if shape else 1)
     execution: Execution
     if shape is None:

@@ -16,6 +16,12 @@ ALIVE_SECONDS = 60.0
 """An actor that has neither begun a unit nor computed anything for so long is not counted as alive."""
 
 
+HOPELESS_DEATHS = 100
+"""Deaths of engines, without a unit done in between, that end the job: to find one row in a million takes about twenty."""
+
+LOADS_TRIED = 3
+"""Loads that may fail for want of memory: that of an engine which was killed may not be free yet."""
+
 LONGEST_WAIT = 60.0
 """Seconds, between two attempts at a unit."""
 
@@ -51,6 +57,7 @@ class Ledger:
     def __init__(self, max_attempts: int, retry_wait: float = 0.0) -> None:
         self._max_attempts, self._retry_wait = max_attempts, retry_wait
         self._units: dict[str, _Unit] = {}
+        self._deaths = self._load_failures = 0
         self._rows = 0
         self._tokens = 0
         self._seen: dict[str, float] = {}
@@ -119,17 +126,26 @@ class Ledger:
             middle = (first + last) // 2
             state.ranges[place : place + 1] = [(first, middle), (middle, last)]
 
-    def died(self, unit: str, words: str) -> None:
-        """What the engine said when it died on a unit."""
+    def died(self, unit: str, words: str) -> bool:
+        """What the engine said when it died on a unit. Returns whether to give up: it died so often that no single row can be at fault."""
         self._units.setdefault(unit, _Unit()).last_words = words
+        self._deaths += 1
+        return self._deaths >= HOPELESS_DEATHS
 
-    def entering(self, unit: str, rows: Range) -> None:
-        self._units[unit].entered = rows
+    def load_failed(self) -> bool:
+        """An actor could not load its model for want of memory. Returns whether to give up, or to let another try."""
+        self._load_failures += 1
+        return self._load_failures >= LOADS_TRIED
+
+    def entering(self, unit: str, rows: Range | None) -> None:
+        """Rows of a unit are computed from now on; None: no longer."""
+        self._units.setdefault(unit, _Unit()).entered = rows
 
     def done(self, unit: str) -> None:
         """Forgets a unit that is committed, so that this never grows with the corpus."""
         self._units.pop(unit, None)
         self._active.discard(unit)
+        self._deaths = 0
 
     def failed(self, unit: str) -> None:
         """A unit that ended without a commit, for a reason other than its engine's death."""

@@ -39,7 +39,8 @@ REMEMBERED_BYTES = 256 * 2**20
 class Isolation:
     """How to embed a unit that has killed its engine before, so that the row at fault is found.
 
-    ranges: row ranges to embed one after the other; ``entering(range)`` is called before each and outlives the process
+    ranges: row ranges to embed one after the other; ``entering(range)`` is called before each is computed, ``entering(None)`` after
+        it, and outlives the process: of the units of an actor only the one that is being computed is told of at any moment
     poison: rows known to kill the engine
     last_words: what the engine said when it died, if anything
     """
@@ -47,7 +48,7 @@ class Isolation:
     ranges: list[tuple[int, int]]
     poison: frozenset[int] = frozenset()
     last_words: str = ""
-    entering: Callable[[tuple[int, int]], None] = field(default=lambda _: None)
+    entering: Callable[[tuple[int, int] | None], None] = field(default=lambda _: None)
 
 
 class Remembered:
@@ -82,6 +83,8 @@ class Workshop:
     precision: Precision
     """With its calibration."""
     remembered: Remembered = field(default_factory=Remembered)
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the unit that is being computed."""
 
 
 @dataclass(kw_only=True)
@@ -145,7 +148,11 @@ class Making:
         )
 
     def _embedded(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> Work:
-        """Embeds the prompts ``todo`` into their places in ``vectors``."""
+        """Embeds the prompts ``todo`` into their places in ``vectors``, when it is this unit's turn."""
+        with self.workshop.turn:
+            return self._computed(todo, vectors, failed)
+
+    def _computed(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> Work:
         tokens = self.prepared.tokens
         chosen = tokens if len(todo) == len(tokens) else tokens.take(todo.tolist())
         result = self.embedder.embed_tokens(chosen, self.job.role, on_pack=self.on_pack)
@@ -188,8 +195,10 @@ class Making:
         work = Work()
         for first, last in isolation.ranges:
             here = [row for row in todo.tolist() if first <= row < last and row not in isolation.poison]
-            isolation.entering((first, last))
-            work.add(self._embedded(np.asarray(here, np.int64), vectors, failed))
+            with self.workshop.turn:
+                isolation.entering((first, last))
+                work.add(self._computed(np.asarray(here, np.int64), vectors, failed))
+                isolation.entering(None)
         return work
 
 

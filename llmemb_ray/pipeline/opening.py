@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
+from llmemb_ray import engines
 from llmemb_ray.config import EmbedSettings, parse_deadline
 from llmemb_ray.corpus.columns import Selection
 from llmemb_ray.corpus.files import Found
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import ConfigError, LlmembError, OutputError, RunMismatch
+from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError, OutputError, RunMismatch
 from llmemb_ray.pipeline import planning
 from llmemb_ray.pipeline.estimates.estimate import estimate
 from llmemb_ray.pipeline.parity.parity import PATH as PARITY
+from llmemb_ray.pipeline.parity.parity import Parity
 from llmemb_ray.representation.space import differences
 from llmemb_ray.shards import commits as commit_records
 from llmemb_ray.shards import reuse
@@ -35,9 +37,6 @@ FILES_SHOWN = 20
 
 CHUNK_SLACK = 8
 """Tokens that a chunk may have more by itself than in its text, where a merge crossed its border."""
-
-BACKEND = ("backend", "engine_args")
-"""What a change of backend changes of a run key's engine."""
 
 Say = Callable[[str], None]
 
@@ -64,6 +63,7 @@ def look(settings: EmbedSettings) -> Prospect:
     spec = settle(settings)
     if spec.backend == "auto" and (begun := None if settings.overwrite else Plan.load(output)):
         spec = replace(spec, backend=begun.engine["backend"], backend_why="the run was begun with it")
+        spec.refuse()
     _check_chunks(settings, spec)
     if settings.dtype == "ubinary" and spec.dimension % 8:
         raise ConfigError(f"ubinary: {spec.dimension} dimensions are no whole number of bytes; keep {spec.dimension // 8 * 8} with dimensions")
@@ -227,10 +227,15 @@ def _refuse_foreign(output: Storage) -> None:
         raise OutputError(f"{output.url} is not empty ({foreign[0]} …) and holds no run of llmemb_ray; choose another output")
 
 
-def adopt(plan: Plan, output: Storage, say: Say) -> None:
-    """Stores a plan whose backend was changed, now that the backends were compared; the plan that stands is left alone."""
+def adopt(plan: Plan, output: Storage, compared: Parity, say: Say) -> None:
+    """Stores a plan whose backend was changed, now that both were compared; the plan that stands is left alone. Raises CheckFailed."""
     stored = Plan.load(output)
     if stored is not None and stored.run_key != plan.run_key:
+        before: engines.Backend = stored.engine["backend"]
+        for group in compared.groups:
+            if engines.TITLES[before] in group.measured.left_out:
+                why = group.measured.left_out[engines.TITLES[before]]
+                raise CheckFailed(f"accept_backend_change: backend {before}, which the run was begun with, could not be compared here: {why}")
         plan.save(output)
         say(f"accept_backend_change: the run goes on with backend {plan.engine['backend']}; what {stored.engine['backend']} has embedded stays")
 
@@ -247,9 +252,8 @@ def _same(plan: Plan, settings: EmbedSettings, prospect: Prospect) -> Plan:
             f"the corpus is not the one that the run in {prospect.output.url} was planned for:\n{shown}\n"
             "Bring the old files back, add new ones with --append, or embed the corpus into another output (--reuse copies what has not changed)."
         )
-    begun = {name: plan.engine[name] for name in BACKEND if name in plan.engine}
-    rest = {name: value for name, value in asked.engine.items() if name not in BACKEND}
-    if asked.engine["backend"] != plan.engine["backend"] and replace(asked, engine=rest | begun).run_key == plan.run_key:
+    as_begun = replace(asked, engine=asked.engine | {"backend": plan.engine["backend"]})
+    if asked.run_key != plan.run_key == as_begun.run_key:
         return _on_another_backend(plan, asked, settings, prospect.output)
     plan.require_same(asked, prospect.output.url)
     return plan
@@ -263,6 +267,6 @@ def _on_another_backend(plan: Plan, asked: Plan, settings: EmbedSettings, output
             f"{output.url} holds a run begun with backend {theirs}, asked for now is {ours}; all else is the same. Set backend {theirs}; "
             "or let the backends be compared on some rows, and go on if they agree: --accept-backend-change --check-parity 64"
         )
-    if Run(output).receipt is not None:
+    if {unit.name for unit in plan.units()} <= commit_records.committed_units(output):
         return plan  # Nothing is left to embed.
     return replace(plan, engine=asked.engine, earlier_run_keys=[*plan.earlier_run_keys, plan.run_key])

@@ -63,6 +63,7 @@ def sums(run: Run) -> dict[str, Any]:
         "dimension": run.plan.dimension,
         "dtype": run.plan.dtype,
         "token_budgets": sorted({commit.token_budget for commit in commits if commit.token_budget}),
+        "backends": dict(Counter(commit.backend for commit in commits if commit.backend)),
         "seconds_model": sum(commit.seconds_model for commit in commits),
         "bad_files": {redact(file.url): str(file.problem) for file in run.plan.bad_files},
         "generation": run.plan.generation,

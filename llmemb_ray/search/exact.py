@@ -6,14 +6,13 @@ is searched and nothing else. Memory holds row groups of vectors and the results
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from llmemb_ray import engines
 from llmemb_ray.config import ModelSettings
 from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.embedder import Embedder, settle
@@ -53,14 +52,14 @@ def load_embedder(run: Run, access: Access | None = None, *, model: str | None =
     commit = plan.space["model"]
     values: dict[str, Any] = {"model": model or plan.model_name, "adapter": plan.adapter_name}
     values |= {name: settings[name] for name in ("quantization", "trust_remote_code", "allow_pickle") if name in settings}
-    # A few queries are embedded sooner than vLLM has started, and both backends give the same vectors; its weight formats only it can read.
-    format_ = engines.WEIGHT_FORMATS.get(settings.get("quantization", "none"))
-    values["backend"] = format_.backend if format_ else "hf"
     if model is None and not commit.startswith("sha256:"):
         values["revision"] = commit
     if access is not None:
         values |= {"endpoint_url": access.endpoint_url, "storage_options": access.options}
     spec = settle(ModelSettings.make(values), plan.representation)
+    # A few queries are embedded sooner than vLLM has started, and both backends give the same vectors, unless weights are rounded.
+    quantised = spec.stored or spec.quantization != "none"
+    spec = replace(spec, backend=plan.engine["backend"] if quantised else "hf", backend_why="for queries")
     changed = list(differences(spec.space.to_dict(), plan.space))
     if changed:
         lines = "\n".join(f"  {name}: the run has {theirs!r}, {values['model']} has {ours!r}" for name, ours, theirs in changed)

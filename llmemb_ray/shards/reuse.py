@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Precision
 from llmemb_ray.shards.run import OWN, Run, read_rows
 from llmemb_ray.shards.schema import parquet_bytes, raw_values
-from llmemb_ray.storage import Storage
+from llmemb_ray.storage import Storage, cache_directory
 
 DIRECTORY = f"{OWN}/reuse"
 RECORD = f"{DIRECTORY}/index.json"
@@ -158,9 +157,7 @@ class _Index:
         from filelock import FileLock
 
         record = output.read(RECORD)
-        cache = Path(os.environ.get("LLMEMB_CACHE", Path.home() / ".cache" / "llmemb_ray")) / "reuse"
-        cache.mkdir(parents=True, exist_ok=True)
-        here = cache / hashlib.sha256(record).hexdigest()[:32]
+        here = cache_directory("reuse") / hashlib.sha256(record).hexdigest()[:32]
         names: dict[str, str] = json.loads(record)["partitions"]
         with FileLock(f"{here}.lock"):
             if not here.is_dir():

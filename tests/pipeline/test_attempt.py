@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,12 @@ def test_a_unit_embedded_range_by_range_has_the_same_vectors_and_rejects_its_poi
     embed(corpus, tmp_path / "plain", model, rows_per_unit=12)
     ready = settled(corpus, tmp_path / "out", model, rows_per_unit=12)
     (prepared,) = ready.prepared()
-    entered: list[tuple[int, int]] = []
+    entered: list[tuple[int, int] | None] = []
     ranges = [(0, 3), (3, 4), (4, 6), (6, 12)]
     commit = attempt.run(
         ready.job, prepared, ready.embedder(), ready.workshop(), isolation=Isolation(ranges=ranges, poison=frozenset({3}), entering=entered.append)
     )
-    assert entered == ranges
+    assert entered == [step for range_ in ranges for step in (range_, None)], "what is entered is left again, so that no later death is put down to it"
     assert (commit.embedded, commit.rejected, commit.reasons) == (11, 1, {"kills_engine": 1})
     job.finish(ready.plan, ready.job.output, time.monotonic())
     (reject,) = rejects_of(tmp_path / "out")
@@ -93,6 +94,28 @@ def test_a_unit_embedded_range_by_range_has_the_same_vectors_and_rejects_its_poi
     found, expected = vectors_by_text_id(tmp_path / "out"), vectors_by_text_id(tmp_path / "plain")
     assert found.keys() == expected.keys() - {3}
     assert max(float(np.abs(found[id_] - expected[id_]).max()) for id_ in found) <= 1e-5
+
+
+def test_of_the_units_of_an_actor_only_the_one_being_computed_is_entered(tmp_path: Path, model: Path) -> None:
+    """A unit that waits for its turn while another one kills the engine must not be halved for it."""
+    write(tmp_path / "in.parquet", sentences(60), row_group_size=60)
+    ready = settled(tmp_path / "in.parquet", tmp_path / "out", model, rows_per_unit=10)
+    embedder, workshop = ready.embedder(), ready.workshop()
+    told: list[str] = []
+
+    def run(prepared: Prepared) -> Commit:
+        def entering(rows: tuple[int, int] | None) -> None:
+            told.append(prepared.unit.name if rows else "left")
+            time.sleep(0.01)
+
+        isolation = Isolation(ranges=[(row, row + 1) for row in range(10)], entering=entering)
+        return attempt.run(ready.job, prepared, embedder, workshop, isolation=isolation)
+
+    with ThreadPoolExecutor(4) as threads:
+        commits = list(threads.map(run, ready.prepared()))
+    assert [commit.embedded for commit in commits] == [10] * 6
+    assert len(set(told[::2])) == 6
+    assert set(told[1::2]) == {"left"}, "another unit was entered before this one was left"
 
 
 # -- rows without a usable vector ----------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmemb_ray.pipeline.ledger import Directions, Ledger
+from llmemb_ray.pipeline.ledger import HOPELESS_DEATHS, LOADS_TRIED, Directions, Ledger
 
 
 class Engine:
@@ -55,6 +55,23 @@ def test_an_actor_lost_for_another_reason_costs_no_row() -> None:
     ledger.begin("unit", 8)
     assert ledger.begin("unit", 8) == Directions(ranges=[(0, 8)])
     assert ledger.begin("unit", 8) == Directions(ranges=[(0, 8)]), "it died before it entered any range"
+
+
+def test_engines_that_die_on_no_row_in_particular_end_the_job() -> None:
+    ledger = Ledger(max_attempts=1)
+    assert [ledger.died("unit", "broken") for _ in range(HOPELESS_DEATHS)] == [False] * (HOPELESS_DEATHS - 1) + [True]
+    ledger.done("unit")
+    assert not ledger.died("another", "broken")
+    assert [ledger.load_failed() for _ in range(LOADS_TRIED)] == [False] * (LOADS_TRIED - 1) + [True]
+
+
+def test_a_range_that_is_left_is_not_halved_when_another_unit_kills_the_engine() -> None:
+    ledger = Ledger(max_attempts=1)
+    ledger.begin("unit", 8)
+    ledger.begin("unit", 8)
+    ledger.entering("unit", (0, 8))
+    ledger.entering("unit", None)
+    assert ledger.begin("unit", 8) == Directions(ranges=[(0, 8)])
 
 
 def test_a_committed_unit_is_forgotten() -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import llmemb_ray
+from llmemb_ray import engines
 from llmemb_ray.errors import CheckFailed, ConfigError, RunMismatch
 from llmemb_ray.shards import commits as commit_records
 from llmemb_ray.shards.receipt import PATH as RECEIPT
@@ -98,14 +99,22 @@ def test_a_run_goes_on_with_another_backend_once_they_agree(corpus: Path, wide: 
     assert embed(corpus, tmp_path / "out", wide, **settings).run_key == receipt.run_key, "auto keeps to the backend the run has now"
 
 
-def test_a_backend_whose_vectors_differ_is_not_accepted(corpus: Path, wide: Path, tmp_path: Path) -> None:
-    """The shards were written with weights that vLLM rounds, and call themselves a run on transformers: the comparison tells, the plan stays."""
+def test_a_backend_that_was_told_to_round_is_another_run(corpus: Path, wide: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"rows_per_unit": 10, "actors": "0", "compute_dtype": "bfloat16"}
     embed(corpus, tmp_path / "out", wide, backend="hf", **settings)
     interrupted(tmp_path / "out", keep=6)
-    key = opened(tmp_path / "out").plan.run_key
-    with pytest.raises(CheckFailed):
+    with pytest.raises(RunMismatch, match=r"engine_args.*kv_cache_dtype"):
         embed(*(corpus, tmp_path / "out", wide), backend="vllm", engine_arg=["kv_cache_dtype=fp8"], accept_backend_change=True, check_parity=8, **settings)
+
+
+def test_a_run_whose_backend_cannot_be_compared_stays_as_it_is(corpus: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"rows_per_unit": 10, "actors": "0"}
+    embed(corpus, tmp_path / "out", wide, backend="vllm", **settings)
+    interrupted(tmp_path / "out", keep=6)
+    key = opened(tmp_path / "out").plan.run_key
+    monkeypatch.setattr(engines, "vllm_version", lambda: None)
+    with pytest.raises(CheckFailed, match="backend vllm, which the run was begun with, could not be compared here: vLLM is not installed"):
+        embed(corpus, tmp_path / "out", wide, backend="hf", accept_backend_change=True, check_parity=8, **settings)
     assert opened(tmp_path / "out").plan.run_key == key
 
 

@@ -109,14 +109,14 @@ def hours(
     if throughput:
         took = tokens / throughput / 3600
         price = settings.price or (one.price if one else None)
-        holding = max(1, math.ceil(settings.gpus_per_actor or 1))
+        holding = max(1, math.ceil(settings.gpus_per_actor or settings.tensor_parallel))
         currency = gpus.CURRENCY if one and not settings.price else None
         return [_line(gpu=one.name if one else None, each=holding, tokens=tokens, took=(took, took), margin=margin, price=price, currency=currency)]
     if settings.gpus_per_actor == 0 and one is None:
         return []
     lines = []
     for here in (one,) if one else gpus.GPUS:
-        holding = max(gpus_needed(weights, here), math.ceil(settings.gpus_per_actor or 1))
+        holding = max(gpus_needed(weights, here), math.ceil(settings.gpus_per_actor or settings.tensor_parallel))
         # The transformers backend spreads layers over GPUs that then work one after the other: all are paid, one computes.
         idle = holding if spec.backend == "hf" else 1
         least, most = (flops * idle / (here.bf16 * share) / 3600 for share in (utilization[1], utilization[0]))

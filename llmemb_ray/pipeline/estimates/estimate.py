@@ -370,6 +370,12 @@ def _notes(made: Estimate, settings: EmbedSettings, spec: EmbedderSpec, config: 
             for line in made.hours
             if line.gpus_per_actor > settings.gpus_per_actor and line.gpus_per_actor > 1
         ]
+    if spec.backend == "vllm":
+        notes += [
+            f"{line.gpu}: the weights need {line.gpus_per_actor} GPUs an actor: set --tensor-parallel {line.gpus_per_actor}"
+            for line in made.hours
+            if line.gpus_per_actor > max(spec.tensor_parallel, settings.gpus_per_actor or 1)
+        ]
     if not made.hours:
         notes.append("for actors without GPUs no rate is known: give --throughput, tokens a second of one actor, as embed shows them")
     if settings.price and gpu is None and throughput is None and made.hours:

@@ -45,6 +45,10 @@ NOWHERE = "parity"
 Say = Callable[[str], None]
 
 
+NOISY = 0.03
+"""1 − cosine between plain inference in the compute dtype and in float32 from which on the dtype itself is a finding."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """The comparisons of one model with one adapter or none."""
@@ -96,6 +100,11 @@ class Parity:
                 value = found.difference if found.bound.measure == "difference" else found.cosine
                 at = f", furthest at {self.sample.names[found.furthest]!r}" if found.furthest is not None else ""
                 lines.append(f"{name}: {found.bound.named} is {value:.2g}, the bound {found.bound.value:.2g} ({found.bound.why}){at}")
+        for one in self.groups:
+            noise = one.measured.noise
+            if noise is not None and (noise.missing or noise.cosine > NOISY):
+                what = f"{len(noise.missing)} rows have no vector" if noise.missing else f"1 − cosine is {noise.cosine:.2g}, above {NOISY:g}"
+                lines.append(f"{noise.name}: {what}: the model does not bear this compute dtype, and no bound can be stated in it")
         if self.adapter_effect is not None and self.adapter_effect.difference == 0:
             lines.append(f"adapter {self.adapter}: changes no vector at all; it was not trained, or its weights are not applied")
         return lines

@@ -92,8 +92,7 @@ def _refusal(spec: EmbedderSpec, backend: engines.Backend, gpu: bool, quantised:
         return f"vLLM {version} is built for {'the CPU' if gpu else 'GPUs'}"
     pooling, layer = spec.representation.pooling, spec.representation.layer
     refused = engines.refusals("vllm", pooling=pooling, layer=layer, quantization="none", tensor_parallel=1, engine_args={})
-    if not refused and spec.adapter and spec.lora_problem:
-        return f"vLLM cannot serve the adapter: {spec.lora_problem}"
+    refused += engines.cannot_serve(spec.facts(), tensor_parallel=1)
     return refused[0].split(";")[0] if refused else None
 
 

@@ -145,7 +145,19 @@ def test_a_template_too_short_for_a_block_is_told(model: Path, corpus: Path) -> 
     seen = preview(settings_of(corpus, model))
     assert 4 <= seen.shared_prefix_tokens < 16
     assert seen.tokens_shared_by["vllm"] == 0
-    assert any("fills no block of 16" in note for note in seen.notes)
+    assert any("fills no block of 32" in note for note in seen.notes)
+    on_gpu = preview(settings_of(corpus, model, actors="auto"))
+    assert any("fills no block of 16" in note for note in on_gpu.notes)
+
+
+def test_a_model_too_large_for_a_gpu_is_told_to_be_split_on_vllm(model: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are large on paper alone."""
+    monkeypatch.setattr(costs, "weight_bytes", lambda *_: 132e9)
+    alone = preview(settings_of(corpus, model, actors="auto", backend="vllm"))
+    assert any(note.startswith("H100: the weights need 3 GPUs an actor: set --tensor-parallel 3") for note in alone.notes)
+    split = preview(settings_of(corpus, model, actors="auto", backend="vllm", tensor_parallel=8))
+    assert {line.gpus_per_actor for line in split.hours} == {8}
+    assert not any("set --tensor-parallel" in note for note in split.notes)
 
 
 def test_an_architecture_that_runs_padded_shares_nothing_and_is_told(tmp_path: Path, corpus: Path) -> None:
