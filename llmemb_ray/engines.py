@@ -182,16 +182,18 @@ class ModelFacts:
 
 
 def cannot_serve(model: ModelFacts, *, tensor_parallel: int, **_: Any) -> list[str]:
-    """Why vLLM cannot run a model rightly, whatever device it is on: a line each."""
+    """Why vLLM cannot run a model rightly, whatever device it is on: a line each, with the way out."""
     reasons = []
     if model.lora_problem:
-        reasons.append(f"vLLM cannot serve the adapter: {model.lora_problem}")
+        reasons.append(f"vLLM cannot serve the adapter: {model.lora_problem}; set backend hf, or merge it into the model")
     if model.stored == "bitsandbytes":
-        reasons.append("vLLM loads no checkpoint stored through bitsandbytes")
+        reasons.append("vLLM loads no checkpoint stored through bitsandbytes; set backend hf, or take the one that is not quantised")
     if model.beyond_rope_switch:
-        reasons.append("with max_tokens beyond the model's original length vLLM turns short prompts by LongRoPE's long angles too; lower max_tokens")
+        reasons.append(
+            "with max_tokens beyond the model's original length vLLM turns short prompts by LongRoPE's long angles too; lower max_tokens, or set backend hf"
+        )
     if model.heads % tensor_parallel:
-        reasons.append(f"tensor_parallel: {model.heads} attention heads cannot be split over {tensor_parallel} GPUs")
+        reasons.append(f"tensor_parallel: {model.heads} attention heads cannot be split over {tensor_parallel} GPUs; set a divisor of {model.heads}")
     return reasons
 
 
@@ -216,7 +218,7 @@ def choose(*, gpu: bool, model: ModelFacts, **settings: Any) -> Choice:
         reasons.append(f"vLLM's vectors of {model.model_type} were not compared with transformers' (parity does)")
     if not gpu and model.head_size not in VLLM_CPU_HEAD_SIZES:
         reasons.append(f"vLLM has no CPU kernel for attention heads of {model.head_size} dimensions")
-    reasons += cannot_serve(model, **settings)
+    reasons += [reason.split(";")[0] for reason in cannot_serve(model, **settings)]
     return Choice("hf", reasons[0]) if reasons else Choice("vllm", f"vLLM {version} is installed, and {model.model_type} was compared on it")
 
 

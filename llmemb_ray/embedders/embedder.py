@@ -102,7 +102,7 @@ class EmbedderSpec:
             return
         refused = engines.refusals(self.backend, **self._settings())
         if self.backend == "vllm":
-            refused += [f"backend: {reason}; set backend hf" for reason in engines.cannot_serve(self.facts(), **self._settings())]
+            refused += engines.cannot_serve(self.facts(), **self._settings())
         if refused:
             raise ConfigError("; ".join(refused))
 

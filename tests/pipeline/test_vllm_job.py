@@ -119,21 +119,19 @@ def test_a_run_whose_backend_cannot_be_compared_stays_as_it_is(corpus: Path, wid
 
 
 @pytest.fixture
-def ray_with_poison(request: pytest.FixtureRequest) -> Iterator[None]:
+def ray_with_poison() -> Iterator[None]:
     import ray
 
-    environment = {"PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"} | ({BREAKS: "1"} if request.param else {})
+    environment = {"PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1", BREAKS: "1"}
     runtime_env = {"worker_process_setup_hook": "tests.pipeline.poison.install", "env_vars": environment}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=runtime_env)
     yield
     ray.shutdown()
 
 
-@pytest.mark.parametrize("ray_with_poison", [False, True], indirect=True, ids=["that dies", "that breaks"])
 @pytest.mark.usefixtures("ray_with_poison")
-def test_a_row_that_kills_its_engine_is_found_and_rejected(request: pytest.FixtureRequest, wide: Path, tmp_path: Path) -> None:
-    texts = ["one", "two", POISON, "four"]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
+def test_a_row_that_breaks_its_engine_is_found_and_rejected_with_what_the_engine_said(wide: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["one", "two", POISON, "four"]}), tmp_path / "in.parquet")
     receipt = llmemb_ray.embed(
         *(str(tmp_path / "in.parquet"), str(tmp_path / "out")), model=str(wide), backend="vllm", actors="1", max_attempts=1, retry_wait=0.1, quiet=True
     )
@@ -141,4 +139,4 @@ def test_a_row_that_kills_its_engine_is_found_and_rejected(request: pytest.Fixtu
     assert receipt.rows_embedded == 3
     (rejects,) = opened(tmp_path / "out").rejects()
     assert rejects["source_row"].to_pylist() == [2]
-    assert ("illegal memory access" in rejects["detail"][0].as_py()) == request.node.callspec.id.startswith("that breaks")
+    assert "an illegal memory access was encountered" in rejects["detail"][0].as_py()
