@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmemb_ray import engines
 from llmemb_ray.config import EmbedSettings, parse_actors
 from llmemb_ray.embedders import models
 from llmemb_ray.errors import OutputError, RunFailed, RunStopped, UnhealthyVectors
@@ -85,7 +86,7 @@ def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, repor
     share = shape.gpus / prospect.spec.tensor_parallel if shape and shape.on_gpu else 1.0
     spec = replace(prospect.spec, gpu_share=share).on(gpu)
     prospect = replace(prospect, spec=spec)
-    if settings.backend == "auto":
+    if settings.backend == "auto" and (spec.backend == "vllm" or engines.vllm_version()):  # Where there was a choice.
         reporter.say(f"backend: {spec.backend}, because {spec.backend_why}")
     with lease.LeaseHolder(prospect.output, reporter.snapshot, waiting=reporter.say) as held:
         while True:

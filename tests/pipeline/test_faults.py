@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import llmemb_ray
-from llmemb_ray.shards import commits
+from llmemb_ray.shards import commits, lease
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
@@ -55,6 +55,14 @@ def in_child(work: Callable[[], None]) -> int:
         traceback.print_exc()
         code = 1
     os._exit(code)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_heartbeat() -> Iterator[None]:
+    """Operations are counted: none may come or not as time goes by."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "HEARTBEAT_SECONDS", 3600.0)
+        yield
 
 
 def embed(source: Path, model: Path, output: Path) -> None:
