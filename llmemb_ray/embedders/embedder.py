@@ -154,11 +154,9 @@ def settle(settings: ModelSettings, representation: Representation | None = None
     config = models.load_config(path, trust_remote_code=settings.trust_remote_code)
     tokenizer = models.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     representation = models.settle_max_tokens(representation, config)
-    layers = int(config.num_hidden_layers)
-    check_layer(representation.layer, layers)
-    if representation.layer == layers:
-        representation = replace(representation, layer=-1)  # The same states, by their other name.
-    stored = models.settle_quantization(settings.quantization, path)
+    check_layer(representation.layer, int(config.num_hidden_layers))
+    written = models.read_config_file(path)
+    stored = models.settle_quantization(settings.quantization, written)
     lora = models.lora_of(models.fetch(adapter, settings.access, weights=False)) if adapter else None
     dimension = models.settle_dimension(representation, output_size(config, representation.layer))
     spec = EmbedderSpec(
@@ -179,7 +177,7 @@ def settle(settings: ModelSettings, representation: Representation | None = None
         allow_pickle=settings.allow_pickle,
         access=settings.access,
         model_flops=models.flops_per_token(config),
-        model_type=str(models.read_config_file(path).get("model_type", "")),
+        model_type=str(written.get("model_type", "")),
         heads=int(getattr(config, "num_attention_heads", 0) or 0),
         rope_switch=capabilities.rope_switch(config),
         head_size=models.head_size(config) if hasattr(config, "num_attention_heads") else 0,

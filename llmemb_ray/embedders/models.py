@@ -259,9 +259,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def settle_quantization(asked: engines.Quantization, path: Path) -> str | None:
-    """The format in which the checkpoint stores its weights, None if it is not quantised. Raises ConfigError if it does not go with what is asked for."""
-    config = read_config_file(path).get("quantization_config") or {}
+def settle_quantization(asked: engines.Quantization, written: dict[str, Any]) -> str | None:
+    """The format in which the checkpoint stores its weights, None if it is not quantised. Raises ConfigError if it does not go with what is asked for.
+
+    written: the model's ``config.json``
+    """
+    config = written.get("quantization_config") or {}
     stored = str(config.get("quant_method") or "").removeprefix("auto_") or None
     format_ = engines.WEIGHT_FORMATS.get(asked)
     if format_ is None:

@@ -58,7 +58,6 @@ class Spread:
 class Estimate:
     model: str
     backend: str
-    backend_why: str
     run_key: str
     space: str
     files: int
@@ -121,6 +120,8 @@ class Estimate:
     notes: list[str]
     assumptions: list[str]
     created: float
+    backend_why: str = ""
+    """How the backend was chosen; estimates that were kept before this was told lack it."""
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(json.dumps(asdict(self)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,12 @@ def test_a_template_too_short_for_a_block_is_told(model: Path, corpus: Path) -> 
     assert any("fills no block of 32" in note for note in seen.notes)
     on_gpu = preview(settings_of(corpus, model, actors="auto"))
     assert any("fills no block of 16" in note for note in on_gpu.notes)
+
+
+def test_an_estimate_kept_by_an_earlier_version_is_still_read(model: Path, corpus: Path) -> None:
+    made = preview(settings_of(corpus, model))
+    earlier = {name: value for name, value in made.to_dict().items() if name != "backend_why"}
+    assert Estimate.from_dict(earlier) == replace(made, backend_why="")
 
 
 def test_a_model_too_large_for_a_gpu_is_told_to_be_split_on_vllm(model: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
