@@ -284,17 +284,25 @@ class Embedder:
         embedded.failed.update({index: problem.detail for index, problem in enumerate(unfit) if problem is not None})
         return embedded
 
-    def embed_tokens(self, rows: TokenRows, role: Role = "document", *, on_pack: Callable[[int, int], None] | None = None) -> Embedded:
+    def embed_tokens(
+        self,
+        rows: TokenRows,
+        role: Role = "document",
+        *,
+        on_pack: Callable[[int, int], None] | None = None,
+        turn: contextlib.AbstractContextManager[None] | None = None,
+    ) -> Embedded:
         """Vectors of token sequences that ``prompter(role)`` made. Calls from several threads take turns.
 
-        on_pack: called with (rows, tokens) of each forward pass that was started. Raises EngineDied.
+        on_pack: called with (rows, tokens) of each forward pass that was started; turn: entered while these rows, and no others,
+        are computed. Raises EngineDied.
         """
         from llmemb_ray.representation.vectors import finish
 
         prefix = self.prompter(role).shared_prefix
         unknown = self._unknown_tokens(rows)
         fit = rows.take([row if row not in unknown else None for row in range(len(rows))]) if unknown else rows
-        with self._lock:
+        with self._lock, turn or contextlib.nullcontext():
             started = time.perf_counter()
             pooled = self.backend.embed(fit, prefix, on_pack=on_pack)
             vectors = finish(pooled.vectors, self.representation).cpu().numpy()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +51,13 @@ class Isolation:
     last_words: str = ""
     entering: Callable[[tuple[int, int] | None], None] = field(default=lambda _: None)
 
+    @contextmanager
+    def entered(self, rows: tuple[int, int]) -> Iterator[None]:
+        """While a range is computed; one whose engine breaks stays entered."""
+        self.entering(rows)
+        yield
+        self.entering(None)
+
 
 class Remembered:
     """The vectors of the prompts seen last, by their hash; bounded in bytes. Several threads may use it."""
@@ -83,8 +91,6 @@ class Workshop:
     precision: Precision
     """With its calibration."""
     remembered: Remembered = field(default_factory=Remembered)
-    turn: threading.Lock = field(default_factory=threading.Lock)
-    """Held by the unit that is being computed."""
 
 
 @dataclass(kw_only=True)
@@ -147,15 +153,11 @@ class Making:
             copies=copies,
         )
 
-    def _embedded(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> Work:
-        """Embeds the prompts ``todo`` into their places in ``vectors``, when it is this unit's turn."""
-        with self.workshop.turn:
-            return self._computed(todo, vectors, failed)
-
-    def _computed(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> Work:
+    def _embedded(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures, turn: AbstractContextManager[None] | None = None) -> Work:
+        """Embeds the prompts ``todo`` into their places in ``vectors``. turn: entered while they are computed."""
         tokens = self.prepared.tokens
         chosen = tokens if len(todo) == len(tokens) else tokens.take(todo.tolist())
-        result = self.embedder.embed_tokens(chosen, self.job.role, on_pack=self.on_pack)
+        result = self.embedder.embed_tokens(chosen, self.job.role, on_pack=self.on_pack, turn=turn)
         vectors[todo] = result.vectors
         failed |= {int(todo[row]): ("engine", detail) for row, detail in result.failed.items()}
         return result.work
@@ -195,10 +197,7 @@ class Making:
         work = Work()
         for first, last in isolation.ranges:
             here = [row for row in todo.tolist() if first <= row < last and row not in isolation.poison]
-            with self.workshop.turn:
-                isolation.entering((first, last))
-                work.add(self._computed(np.asarray(here, np.int64), vectors, failed))
-                isolation.entering(None)
+            work.add(self._embedded(np.asarray(here, np.int64), vectors, failed, isolation.entered((first, last))))
         return work
 
 

@@ -15,23 +15,28 @@ POISON = "~" * (4 * REPEATS)
 
 
 def install() -> None:
-    """Wraps the embedder of this worker process."""
+    """Wraps the backends of this worker process."""
+    from llmemb_ray.embedders.transformers_backend import TransformersBackend
+    from llmemb_ray.embedders.vllm_backend import VllmBackend
+
+    for class_ in (TransformersBackend, VllmBackend):
+        class_.embed = poisoned(class_.embed)  # type: ignore[attr-defined]
+
+
+def poisoned(plain: Any) -> Any:
+    """The method ``embed`` of a backend, for which such a row is poison."""
     import numpy as np
 
-    from llmemb_ray.embedders.embedder import Embedder
-
-    plain = Embedder.embed_tokens
-
-    def embed_tokens(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+    def embed(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
         for row in range(len(rows)):
             if len(rows[row]) and np.bincount(rows[row]).max() >= REPEATS:
                 if BREAKS in os.environ:
-                    break_engine(self.backend)
+                    break_engine(self)
                 else:
                     os._exit(13)
         return plain(self, rows, *args, **kwargs)
 
-    Embedder.embed_tokens = embed_tokens  # type: ignore[method-assign]
+    return embed
 
 
 def break_engine(backend: Any) -> None:
