@@ -1,0 +1,31 @@
+"""Every setting, once: its type, default, help text and the place in the command's help where it stands.
+
+Invariant: these modules are the one place that refuses a setting by itself. Command line, YAML file and Python
+calls all end in these models; the command line's options are made from their fields. They import no torch,
+no ray, no transformers.
+"""
+
+from llmemb_ray.config.base import ClusterSettings, ModelSettings, Settings, StorageSettings, parse_actors, setting
+from llmemb_ray.config.embedding import EmbedSettings, ParitySettings, PlanSettings, is_duration, parse_deadline, parse_utilization
+from llmemb_ray.config.evaluation import EvaluateSettings
+from llmemb_ray.config.readers import ExportSettings, ReportSettings, SearchSettings, VerifySettings
+
+__all__ = [
+    "ClusterSettings",
+    "EmbedSettings",
+    "EvaluateSettings",
+    "ExportSettings",
+    "ModelSettings",
+    "ParitySettings",
+    "PlanSettings",
+    "ReportSettings",
+    "SearchSettings",
+    "Settings",
+    "StorageSettings",
+    "VerifySettings",
+    "is_duration",
+    "parse_actors",
+    "parse_deadline",
+    "parse_utilization",
+    "setting",
+]

@@ -1,0 +1,1 @@
+"""Evaluation: what a model's vectors are worth on the papers' tasks."""
