@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -34,16 +35,16 @@ SETTINGS = {
     "search": config.SearchSettings,
     "export": config.ExportSettings,
     "report": config.ReportSettings,
+    "evaluate": config.EvaluateSettings,
+    "demos build": config.DemosBuildSettings,
+    "demos select": config.DemosSelectSettings,
 }
 
 
 def reference() -> str:
     """The whole page."""
     parts = [HEAD]
-    context = cli.click.Context(cli.llmemb)
-    for name in sorted(cli.llmemb.list_commands(context)):
-        command = cli.llmemb.get_command(context, name)
-        assert command is not None
+    for name, command in sorted(_commands(cli.llmemb)):
         usage = " ".join(["llmemb", name, *command.collect_usage_pieces(cli.click.Context(command))])
         parts.append(f"\n## llmemb {name}\n\n{(command.help or '').strip()}\n\n`{usage}`\n")
         if name == "plan":
@@ -60,6 +61,15 @@ def reference() -> str:
         for panel, lines in rows.items():
             parts.append(f"\n| {panel} | |\n|---|---|\n" + "\n".join(lines) + "\n")
     return "".join(parts)
+
+
+def _commands(group: cli.click.RichGroup, before: str = "") -> Iterator[tuple[str, cli.click.Command]]:
+    """Each command with its name, those of groups with the group's before it."""
+    for name, command in group.commands.items():
+        if isinstance(command, cli.click.RichGroup):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield before + name, command
 
 
 def _panels(name: str) -> dict[str, str]:

@@ -15,7 +15,19 @@ from typing import Any
 import rich_click as click
 
 from llmemb_ray import __version__, config
-from llmemb_ray.config import EmbedSettings, ExportSettings, ParitySettings, PlanSettings, ReportSettings, SearchSettings, StorageSettings, VerifySettings
+from llmemb_ray.config import (
+    DemosBuildSettings,
+    DemosSelectSettings,
+    EmbedSettings,
+    EvaluateSettings,
+    ExportSettings,
+    ParitySettings,
+    PlanSettings,
+    ReportSettings,
+    SearchSettings,
+    StorageSettings,
+    VerifySettings,
+)
 from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError
 from llmemb_ray.options import command
 
@@ -118,7 +130,7 @@ def parity(settings: ParitySettings, as_json: bool) -> None:
     from llmemb_ray.pipeline.parity import parity as comparing
     from llmemb_ray.pipeline.parity import text
 
-    made = comparing.parity(settings, say=lambda line: click.echo(line, err=True))
+    made = comparing.parity(settings, say=_say)
     click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else text.text(made))
     made.require()
 
@@ -184,6 +196,66 @@ def report(settings: ReportSettings, as_json: bool) -> None:
     click.echo(f"{settings.out} is the page; open it in a browser")
 
 
+@command(llmemb, "evaluate", EvaluateSettings)
+def evaluate(settings: EvaluateSettings, as_json: bool) -> None:
+    """Score a model and its representation on suites of tasks: STS, transfer, retrieval, bitext, passkey, MTEB.
+
+    Every text is embedded once, by the embedding job; the vectors stay in OUT and are used again. With --compare, RUNS are
+    directories that earlier evaluations wrote.
+    """
+    from llmemb_ray.evaluation import compare, evaluate, record, study, text
+    from llmemb_ray.reporting.evaluation import page
+    from llmemb_ray.storage import Storage, absolute
+
+    if not (settings.study or settings.compare or settings.model):
+        found = evaluate.contaminated(settings)
+        click.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
+        return
+    if settings.study:
+        made = study.run(settings, evaluate=lambda one: evaluate.run(one, say=_say), say=_say)
+        out, shown, lines = settings.out or study.OUT, made.to_dict(), compare.lines(made)
+    elif settings.compare:
+        made = compare.compare([record.load(run, settings.access) for run in settings.runs])
+        out, shown, lines = settings.out or "evaluation/comparison", made.to_dict(), compare.lines(made)
+    else:
+        one = evaluate.run(settings, say=_say)
+        made = compare.compare([one])
+        out, shown, lines = one.out, one.to_dict(), text.lines(one)
+    page.write(made, Storage(absolute(out), settings.access))
+    click.echo(json.dumps(shown, indent=1, ensure_ascii=False) if as_json else "\n".join(lines))
+    click.echo(f"{out}/{page.NAME} is the page; open it in a browser", err=True)
+
+
+@llmemb.group()
+def demos() -> None:
+    """In-context demonstrations: make candidates, and find out which are best for a model."""
+
+
+@command(demos, "build", DemosBuildSettings)
+def demos_build(settings: DemosBuildSettings, as_json: bool) -> None:
+    """Make candidates of demonstrations, and write them to OUT.
+
+    Sentences are summed up in one word by an LLM, an endpoint's or one that is loaded; words of a dictionary go with their definitions.
+    Asked again, it does what is missing.
+    """
+    from llmemb_ray.demonstrations.build import build
+
+    made = build(settings, say=_say)
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+
+
+@command(demos, "select", DemosSelectSettings)
+def demos_select(settings: DemosSelectSettings, as_json: bool) -> None:
+    """Score each candidate on dev data with a model, and write the best one's representation.
+
+    OUT gets the leaderboard and llmemb.json, which embed --representation takes. Stopped and asked again, it goes on.
+    """
+    from llmemb_ray.demonstrations.select import select
+
+    made = select(settings, say=_say)
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines(settings.top)))
+
+
 @llmemb.command("demo")
 @click.argument("directory", default="demo-output")
 @click.option("--model", default=None, help="Hub id or directory of a model; default: a small seeded decoder made on the spot.")
@@ -192,6 +264,10 @@ def demo(directory: str, model: str | None) -> None:
     from llmemb_ray import demo as demonstration
 
     demonstration.run(directory, model)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _accounts(receipt: dict[str, Any]) -> str:

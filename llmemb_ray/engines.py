@@ -110,6 +110,7 @@ OWNED_ENGINE_ARGS: dict[str, str] = {
     "convert": "",
     "data_parallel_size": "actors",
     "distributed_executor_backend": "",
+    "disable_sliding_window": "sliding_window",
     "dtype": "compute_dtype",
     "enable_lora": "adapter",
     "hf_config_path": "",

@@ -37,12 +37,17 @@ def options_of(settings: type[Settings]) -> Decorator:
     return decorate
 
 
+def flag_of(name: str) -> str:
+    """The option of a field; one whose name would be a word of Python's ends in a line."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
 def _parameter(name: str, field: Any) -> Decorator:
     extra = _extra(field)
     many = get_origin(field.annotation) is list
     if extra.get("argument"):
         return click.argument(name, nargs=-1 if many else 1, required=False, metavar=name.upper() + ("..." if many else ""))
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     help_ = field.description
     kind = field.annotation
     choices = get_args(kind) if get_origin(kind) is Literal else ()
@@ -62,7 +67,7 @@ def _parameter(name: str, field: Any) -> Decorator:
         return click.option(flag, name, type=click.Choice(choices), default=None, help=help_)
     numbers: dict[Any, Any] = {int: int, float: float}
     bare = next((part for part in get_args(kind) if part in numbers), kind)
-    return click.option(flag, name, type=numbers.get(bare, str), default=None, help=help_)
+    return click.option(flag, name, type=str if many else numbers.get(bare, str), default=None, help=help_)
 
 
 def _one_flag_a_choice(name: str, choices: Sequence[str], help_: str, default: str) -> Decorator:
@@ -106,6 +111,7 @@ def gather(settings: type[Settings], given: dict[str, Any]) -> Any:
             except yaml.YAMLError:
                 raise ConfigError(f"{name}: the value is not YAML; write it as '{{name: value}}'") from None
         values[name] = list(value) if isinstance(value, tuple) else value
+    values = {f"{name}_" if f"{name}_" in settings.model_fields else name: value for name, value in values.items()}
     for name, field in settings.model_fields.items():
         if get_origin(field.annotation) is list and isinstance(values.get(name), str):
             commas = _extra(field).get("commas")
@@ -131,10 +137,11 @@ def command(group: click.RichGroup, name: str, settings: type[Settings]) -> Call
         for field_name, field in settings.model_fields.items():
             extra = _extra(field)
             if not extra.get("argument"):
-                names = [f"--{choice}" for choice in get_args(field.annotation)] if extra.get("flags") else ["--" + field_name.replace("_", "-")]
+                names = [f"--{choice}" for choice in get_args(field.annotation)] if extra.get("flags") else [flag_of(field_name)]
                 panels.setdefault(str(extra.get("panel")), []).extend(names)
         panels["General"] = ["--config", "--set", "--print-config", "--json", "--help"]
-        click.rich_click.OPTION_GROUPS[f"llmemb {name}"] = [{"name": panel, "options": names} for panel, names in panels.items()]
+        place = "llmemb" if group.name in (None, "llmemb") else f"llmemb {group.name}"
+        click.rich_click.OPTION_GROUPS[f"{place} {name}"] = [{"name": panel, "options": names} for panel, names in panels.items()]
         return run
 
     return decorate

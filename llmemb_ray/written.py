@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from llmemb_ray.config import EmbedSettings, is_duration
+from llmemb_ray.config import Settings, is_duration
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.storage import redact
 
@@ -92,22 +92,29 @@ def _without_secrets(value: Any, name: str = "") -> Any:
     return _redacted(value)
 
 
-def command_line(settings: EmbedSettings) -> str:
+def command_line(settings: Settings, command: str = "embed") -> str:
     """The command that continues a job with these settings: without overwrite, a deadline that has passed, and storage options."""
-    left_out = {"input", "output", "overwrite", "storage_options"}
-    if settings.deadline and not is_duration(settings.deadline):
+    left_out = {"overwrite", "storage_options"}
+    deadline = getattr(settings, "deadline", None)
+    if deadline and not is_duration(deadline):
         left_out.add("deadline")
-    words = ["llmemb", "embed", *settings.input, settings.output]
-    for name, field in EmbedSettings.model_fields.items():
+    words = ["llmemb", *command.split()]
+    fields = type(settings).model_fields
+    for name, field in fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("argument"):
+            left_out.add(name)
+            value = getattr(settings, name)
+            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    for name, field in fields.items():
         value = getattr(settings, name)
         if name in left_out or name not in settings.model_fields_set or value == field.get_default(call_default_factory=True):
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = "--" + name.rstrip("_").replace("_", "-")
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list) and not extra.get("commas"):
             words += [word for item in value for word in (flag, str(item))]
         else:
-            words += [flag, ",".join(value) if isinstance(value, list) else str(value)]
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join(redact(word) for word in words)

@@ -6,12 +6,15 @@ no ray, no transformers.
 """
 
 from llmemb_ray.config.base import ClusterSettings, ModelSettings, Settings, StorageSettings, parse_actors, setting
+from llmemb_ray.config.demonstrations import DemosBuildSettings, DemosSelectSettings
 from llmemb_ray.config.embedding import EmbedSettings, ParitySettings, PlanSettings, is_duration, parse_deadline, parse_utilization
 from llmemb_ray.config.evaluation import EvaluateSettings
 from llmemb_ray.config.readers import ExportSettings, ReportSettings, SearchSettings, VerifySettings
 
 __all__ = [
     "ClusterSettings",
+    "DemosBuildSettings",
+    "DemosSelectSettings",
     "EmbedSettings",
     "EvaluateSettings",
     "ExportSettings",

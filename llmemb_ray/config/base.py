@@ -88,6 +88,16 @@ class ModelSettings(StorageSettings):
     max_tokens: int | None = setting(
         None, "Longest prompt in tokens; the text of a longer one is cut. Default: the model's positions, at most 4096.", panel="Representation", ge=1
     )
+    rope_theta: float | None = setting(
+        None,
+        "Base of the rotary positions in place of the model's own; with it max_tokens may go beyond the model's positions (paper 2: 100000).",
+        panel="Representation",
+        ge=1,
+        le=1e12,
+    )
+    sliding_window: int | None = setting(
+        None, "Tokens that a layer looks back, in place of the model's own sliding window; 0 for no window.", panel="Representation", ge=0
+    )
     append_eos: bool | None = setting(None, "End prompts with the EOS token; default: for prompt e5.", panel="Representation")
     role: Role = setting("document", "Role in which texts are embedded.", panel="Representation")
 

@@ -32,6 +32,9 @@ class EvaluateSettings(ClusterSettings):
     lengths: list[int] = setting(
         [], "passkey: prompt lengths in tokens, separated by commas; default: 256 to 32768 as far as max_tokens allows.", panel="Evaluation", commas=True
     )
+    mteb_job_documents: int = setting(
+        100_000, "mteb: corpora of so many documents and more are embedded by the embedding job, whose vectors are kept.", panel="Evaluation", ge=1
+    )
     top_k: int = setting(1000, "retrieval: documents ranked for each query.", panel="Evaluation", ge=10)
     split: str = setting("test", "retrieval: judgements qrels/SPLIT.tsv.", panel="Evaluation")
     task_instructions: bool = setting(True, "prompt e5 without an instruction: take paper 2's instruction of each task.", panel="Evaluation")

@@ -51,6 +51,25 @@ def rope_switch(config: Any) -> int | None:
     return None
 
 
+def rotations(config: Any) -> list[dict[str, Any]]:
+    """The rotary parameters that ``rope_theta`` changes: the configuration's own, to be written into; none where positions are learned or ALiBi.
+
+    Where layers of two kinds turn by different angles (Gemma 3), those of the layers that see the whole prompt.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = {name: values for name, values in rope.items() if isinstance(values, dict)}
+    if "full_attention" in by_layer:
+        by_layer = {"full_attention": by_layer["full_attention"]}
+    chosen = list(by_layer.values()) or [rope]
+    return [] if getattr(config, "alibi", False) else [values for values in chosen if "rope_theta" in values]
+
+
+def takes_window(config: Any) -> bool:
+    """Whether any layer goes by the configuration's ``sliding_window``; one that stands in the file of another architecture has no effect."""
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else hasattr(type(config), "sliding_window")
+
+
 def max_positions(config: Any) -> int | None:
     """The longest sequence in tokens that the model has positions for; None where it has no such limit (ALiBi)."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):

@@ -6,6 +6,7 @@ It knows nothing of Ray or of files; it runs in a notebook as in an actor.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from llmemb_ray.embedders.work import Pooled, Work
 from llmemb_ray.errors import ConfigError, InputError
 from llmemb_ray.representation import Prompter, Representation, Role, Space, TokenRows
 from llmemb_ray.representation.representation import ROLES
+from llmemb_ray.representation.space import Context
 from llmemb_ray.storage import Access
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class EmbedderSpec:
     """With ``max_tokens`` settled."""
     dimension: int
     """D of the vectors put out."""
+    context: Context = field(default_factory=Context)
+    """What is changed in the model's configuration, settled."""
     backend: Literal["auto", "hf", "vllm"] = "hf"
     backend_why: str = field(default="", compare=False)
     """How ``backend`` was chosen."""
@@ -75,6 +79,8 @@ class EmbedderSpec:
     access: Access = field(default_factory=Access, repr=False)
     model_flops: float = 0.0
     """Floating-point operations for one token, roughly: twice the parameters of the layers."""
+    parameters: int = 0
+    """Weights of the layers and of the token embedding, from the configuration; norms, biases and positions left out."""
     model_type: str = ""
     head_size: int = 0
     """Dimensions of an attention head."""
@@ -133,6 +139,7 @@ class EmbedderSpec:
             model=self.model.commit,
             adapter=self.adapter.commit if self.adapter else None,
             tokenizer=self.tokenizer.digest,
+            context=self.context,
         )
 
     def prompter(self, role: Role) -> Prompter:
@@ -153,7 +160,8 @@ def settle(settings: ModelSettings, representation: Representation | None = None
     path = models.fetch(source, settings.access, weights=False)
     config = models.load_config(path, trust_remote_code=settings.trust_remote_code)
     tokenizer = models.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
-    representation = models.settle_max_tokens(representation, config)
+    context = models.settle_context(Context(rope_theta=settings.rope_theta, sliding_window=settings.sliding_window), config)
+    representation = models.settle_max_tokens(representation, config, extended=settings.rope_theta is not None)
     check_layer(representation.layer, int(config.num_hidden_layers))
     written = models.read_config_file(path)
     stored = models.settle_quantization(settings.quantization, written)
@@ -165,6 +173,7 @@ def settle(settings: ModelSettings, representation: Representation | None = None
         tokenizer=tokenizer,
         representation=representation,
         dimension=dimension,
+        context=context,
         backend=settings.backend,
         backend_why="" if settings.backend == "auto" else "as you asked",
         stored=stored,
@@ -177,6 +186,7 @@ def settle(settings: ModelSettings, representation: Representation | None = None
         allow_pickle=settings.allow_pickle,
         access=settings.access,
         model_flops=models.flops_per_token(config),
+        parameters=models.parameters(config),
         model_type=str(written.get("model_type", "")),
         heads=int(getattr(config, "num_attention_heads", 0) or 0),
         rope_switch=capabilities.rope_switch(config),
@@ -247,6 +257,7 @@ class Embedder:
             adapter=models.fetch(spec.adapter, spec.access) if spec.adapter else None,
             trust_remote_code=spec.trust_remote_code,
             allow_pickle=spec.allow_pickle,
+            context=spec.context,
         )
         representation = self.representation
         return TransformersBackend(model, pooling=representation.pooling, layer=representation.layer, token_budget=spec.token_budget, packed=packed)
@@ -260,6 +271,22 @@ class Embedder:
         from llmemb_ray.config import ModelSettings
 
         return cls(settle(ModelSettings.make({"model": model, **settings})), device=device)
+
+    def under(self, representation: Representation) -> Embedder:
+        """The same loaded model with other templates, cleaning, EOS or normalisation; calls on both take turns.
+
+        representation: ``max_tokens=None`` keeps this one's. Raises ConfigError if it differs in what the model was loaded for.
+        """
+        if representation.max_tokens is None:
+            representation = replace(representation, max_tokens=self.representation.max_tokens)
+        for name in ("pooling", "layer", "dimensions"):
+            ours, theirs = getattr(self.representation, name), getattr(representation, name)
+            if ours != theirs:
+                raise ConfigError(f"{name}: the model is loaded for {ours!r}, a representation with {theirs!r} needs one of its own")
+        other = copy.copy(self)
+        other.spec, other.representation = replace(self.spec, representation=representation), representation
+        other._prompters = {}
+        return other
 
     @property
     def dimension(self) -> int:
@@ -291,15 +318,16 @@ class Embedder:
         *,
         on_pack: Callable[[int, int], None] | None = None,
         turn: contextlib.AbstractContextManager[None] | None = None,
+        share: bool = True,
     ) -> Embedded:
         """Vectors of token sequences that ``prompter(role)`` made. Calls from several threads take turns.
 
         on_pack: called with (rows, tokens) of each forward pass that was started; turn: entered while these rows, and no others,
-        are computed. Raises EngineDied.
+        are computed; share: compute the tokens that prompts begin with once (False, to measure what that saves). Raises EngineDied.
         """
         from llmemb_ray.representation.vectors import finish
 
-        prefix = self.prompter(role).shared_prefix
+        prefix = self.prompter(role).shared_prefix if share else np.zeros(0, np.int32)
         unknown = self._unknown_tokens(rows)
         fit = rows.take([row if row not in unknown else None for row in range(len(rows))]) if unknown else rows
         with self._lock, turn or contextlib.nullcontext():

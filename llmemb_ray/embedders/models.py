@@ -6,6 +6,7 @@ a commit once, on the driver; every node brings the files once. This module know
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from llmemb_ray import engines
 from llmemb_ray.embedders import capabilities
 from llmemb_ray.errors import ConfigError, ModelError, StorageError
 from llmemb_ray.representation.representation import Representation
-from llmemb_ray.representation.space import digest
+from llmemb_ray.representation.space import Context, digest
 from llmemb_ray.storage import Access, Storage, cache_directory, redact
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ and last among them: 66B parameters need not be read to tell two checkpoints apa
 
 DEFAULT_MAX_TOKENS = 4096
 """Where no ``max_tokens`` is given and the model allows more (E5-Mistral's model card uses 4096)."""
+
+NO_WINDOW = 2**30
+"""Tokens of a sliding window that no prompt fills, for architectures whose sliding layers cannot do without one."""
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[ComputeDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -184,8 +188,15 @@ def _fetch_url(source: ModelSource, access: Access | None, left_out: tuple[str, 
     return target
 
 
-def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a decoder-only model. Raises ModelError."""
+def load_config(path: Path, *, trust_remote_code: bool = False, context: Context | None = None) -> Any:
+    """The transformers configuration of a decoder-only model, with the changes of a settled context. Raises ModelError."""
+    config = _whole_config(path, trust_remote_code=trust_remote_code)
+    configure(config, context=context or Context())
+    return getattr(config, "text_config", config)
+
+
+def _whole_config(path: Path, *, trust_remote_code: bool) -> Any:
+    """Of the whole model, of text and images where it is one."""
     from transformers import AutoConfig
 
     try:
@@ -195,19 +206,59 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"model {path}: its configuration cannot be read: {_first_line(error)}{way_out}") from error
     if config.model_type in capabilities.NOT_CAUSAL or getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {path}: {config.model_type} is no decoder-only model; llmemb embeds with causal language models")
-    return getattr(config, "text_config", config)
+    return config
 
 
-def settle_max_tokens(representation: Representation, config: Any) -> Representation:
+def settle_context(asked: Context, config: Any) -> Context:
+    """What of ``asked`` changes the model. Raises ConfigError for what it cannot have."""
+    rope_theta, window = asked.rope_theta, asked.sliding_window
+    rotations = capabilities.rotations(config)
+    if rope_theta is not None:
+        if not rotations:
+            raise ConfigError(f"rope_theta: the configuration of this model (type {config.model_type}) has no base of rotary positions; leave rope_theta out")
+        rope_theta = None if all(values["rope_theta"] == rope_theta for values in rotations) else rope_theta
+    if window is not None:
+        takes = capabilities.takes_window(config)
+        if window and not takes:
+            raise ConfigError(f"sliding_window: the layers of this model (type {config.model_type}) have no sliding window; leave sliding_window out")
+        window = window if takes and window != (config.sliding_window or 0) else None
+    return Context(rope_theta=rope_theta, sliding_window=window)
+
+
+def configure(config: Any, *, context: Context, positions: int = 0) -> Any:
+    """A transformers configuration with the changes of a settled context, made in place.
+
+    positions: what it must allow at least; transformers asks for none, vLLM makes its table of angles so long
+    """
+    text = getattr(config, "text_config", config)
+    if context.rope_theta is not None:
+        text.rope_parameters = copy.deepcopy(getattr(text, "rope_parameters", None))
+        for values in capabilities.rotations(text):
+            values["rope_theta"] = context.rope_theta
+    if context.sliding_window is not None:
+        text.sliding_window = context.sliding_window or (NO_WINDOW if getattr(text, "layer_types", None) else None)
+    if positions and capabilities.rotations(text):
+        text.max_position_embeddings = max(positions, text.max_position_embeddings)
+    return config
+
+
+def settle_max_tokens(representation: Representation, config: Any, *, extended: bool = False) -> Representation:
     """The representation with its token limit settled: as given, else the model's positions, at most DEFAULT_MAX_TOKENS.
 
-    Raises ConfigError if it asks for more positions than the model has.
+    extended: whether the base of its rotary positions was given. Raises ConfigError if it asks for more positions than the model has.
     """
     positions = capabilities.max_positions(config)
     if representation.max_tokens is None:
         return replace(representation, max_tokens=min(positions or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS))
     if positions is not None and representation.max_tokens > positions:
-        raise ConfigError(f"max_tokens: {representation.max_tokens} is more than the model's {positions} positions")
+        said = f"max_tokens: {representation.max_tokens} is more than the model's {positions} positions"
+        rotations = capabilities.rotations(config)
+        if not rotations:
+            raise ConfigError(f"{said}, and its table of positions ends there; lower max_tokens")
+        if any(values.get("rope_type") == "dynamic" for values in rotations):
+            raise ConfigError(f"{said}; beyond them its dynamic scaling would turn each row by angles that depend on its neighbours; lower max_tokens")
+        if not extended:
+            raise ConfigError(f"{said}; lower max_tokens, or stretch them with rope_theta (paper 2 takes 100000 for 32768 tokens)")
     return representation
 
 
@@ -326,6 +377,12 @@ def flops_per_token(config: Any) -> float:
     return float(2 * layer * config.num_hidden_layers)
 
 
+def parameters(config: Any) -> int:
+    """Weights of the layers and of the token embedding; norms, biases, positions and a head of its own are left out."""
+    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return int(flops_per_token(config) / 2 + width * getattr(config, "vocab_size", 0))
+
+
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> TokenizerSource:
     """The model's tokenizer as data. Raises ModelError if it has no fast tokenizer."""
     from transformers import AutoTokenizer
@@ -350,10 +407,12 @@ def load_model(
     adapter: Path | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    context: Context | None = None,
 ) -> PreTrainedModel:
     """The decoder without its language-model head, in evaluation mode, on its device or devices.
 
     device: a torch device; None takes the GPUs that this process sees (several: spread by layers), else the CPU.
+    context: settled changes of its configuration.
     Raises ModelError, also where the checkpoint lacks a weight that the model needs.
     """
     import torch
@@ -377,6 +436,8 @@ def load_model(
         )
     elif quantization == "llm.int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if context is not None and context.to_dict():
+        options["config"] = configure(_whole_config(path, trust_remote_code=trust_remote_code), context=context)
     on_causal = adapter is not None and _adapter_is_causal(adapter)
     causal = on_causal
     try:

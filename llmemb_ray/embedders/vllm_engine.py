@@ -11,11 +11,12 @@ import logging
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmemb_ray import engines
-from llmemb_ray.embedders import models
+from llmemb_ray.embedders import capabilities, models
 from llmemb_ray.errors import ConfigError, ModelError
 from llmemb_ray.representation.space import digest
 from llmemb_ray.storage import cache_directory
@@ -144,6 +145,8 @@ def arguments(spec: EmbedderSpec, config: Any, device: Device, *, prefix: int, m
     format_ = engines.WEIGHT_FORMATS.get(spec.quantization)
     if format_ is not None and not format_.stored:
         chosen["quantization"] = format_.name
+    if spec.context.to_dict() or longest > (capabilities.max_positions(config) or longest):
+        chosen["hf_overrides"] = partial(models.configure, context=spec.context, positions=longest)
     return chosen | spec.engine_args
 
 

@@ -98,6 +98,8 @@ class Suite:
     title: str
     build: Callable[[Building], list[Task]]
     """Reads the data of the wanted tasks. Raises ConfigError for a task that does not exist, InputError for data that are missing or malformed."""
+    apart: tuple[str, ...] = ()
+    """Tasks that are no part of the suite's average."""
 
 
 def choose(wanted: Sequence[str], known: Iterable[str], suite: str) -> list[str]:

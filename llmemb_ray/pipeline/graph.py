@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmemb_ray import errors
-from llmemb_ray.config import EmbedSettings, parse_actors
+from llmemb_ray.config import ClusterSettings, EmbedSettings, parse_actors
 from llmemb_ray.connection import connected
 from llmemb_ray.errors import ConfigError, EngineDied, LlmembError, RunFailed
 from llmemb_ray.pipeline import attempt, calibrate
@@ -80,7 +80,7 @@ class Shape:
 
 
 @contextmanager
-def cluster(settings: EmbedSettings) -> Iterator[Shape]:
+def cluster(settings: ClusterSettings) -> Iterator[Shape]:
     """Connects to the cluster that the settings name, or starts one here, and gives what the job takes of it.
 
     A Ray that was up before stays up. Raises ConfigError if none answers or nothing fits.
@@ -89,7 +89,7 @@ def cluster(settings: EmbedSettings) -> Iterator[Shape]:
         yield shape(settings)
 
 
-def shape(settings: EmbedSettings) -> Shape:
+def shape(settings: ClusterSettings) -> Shape:
     """Actors and their resources, from the settings and what the cluster has now. Raises ConfigError."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cluster_gpus = sum(node.get("GPU", 0.0) for node in nodes)

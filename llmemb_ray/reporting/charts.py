@@ -1,13 +1,11 @@
 """The charts of a report, as plotly figures in JSON.
 
 Invariant: whatever comes from a corpus is escaped before plotly sees it, because plotly reads a little HTML in
-its texts. Colours of paper, text and grid are the page's: it sets them, light or dark.
+its texts.
 """
 
 from __future__ import annotations
 
-import html
-import json
 import math
 import textwrap
 from itertools import pairwise
@@ -16,10 +14,8 @@ from typing import Any
 
 from llmemb_ray.reporting.accounts import Throughput
 from llmemb_ray.reporting.facts import Facts, Point
+from llmemb_ray.reporting.figures import COLOURS, as_json, figure, plain
 from llmemb_ray.reporting.health import Histogram
-
-COLOURS = ["#3f7fd0", "#e0892b", "#2f9e73", "#c9518c", "#8a66d6", "#c0a020", "#4aa8b8", "#b5654a"]
-"""Told apart on white and on near black."""
 
 SCALE = [[0.0, "#4a86d8"], [0.5, "#36b08a"], [1.0, "#f0a030"]]
 """Few to many tokens; seen on white and on near black at every point."""
@@ -43,32 +39,7 @@ def charts(facts: Facts) -> dict[str, str]:
         drawn["chart-dimensions"] = _dimensions(facts.health.deviations)
     if facts.points:
         drawn["chart-map"] = _map(facts.points)
-    return {name: str(figure.to_json(validate=False)) for name, figure in drawn.items()}
-
-
-def embedded(drawn: dict[str, str]) -> str:
-    """The figures as one JSON object that can stand in a script element: it holds no ``<``."""
-    return ("{" + ",".join(f"{json.dumps(name)}:{figure}" for name, figure in drawn.items()) + "}").replace("<", "\\u003c")
-
-
-def _figure(height: int, **layout: Any) -> Any:
-    import plotly.graph_objects as go
-
-    return go.Figure(
-        layout={
-            "template": "none",
-            "height": height,
-            "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
-            "colorway": COLOURS,
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "showlegend": False,
-            "xaxis": {"automargin": True},
-            "yaxis": {"automargin": True, "rangemode": "tozero"},
-            "hoverlabel": {"align": "left"},
-        }
-        | layout
-    )
+    return as_json(drawn)
 
 
 def _throughput(rates: Throughput) -> Any:
@@ -79,7 +50,7 @@ def _throughput(rates: Throughput) -> Any:
     # Steps from the beginning of each bin to its end, so that the last one has a width too.
     x = [(second - rates.bin_seconds / 2) / size for second in rates.seconds] + [(largest + rates.bin_seconds / 2) / size]
     clock = [datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") for moment in [*rates.clock, rates.clock[-1]]]
-    figure = _figure(
+    made = figure(
         400,
         showlegend=len(rates.tokens_per_s) > 1,
         legend={"orientation": "h", "y": 1.12},
@@ -89,35 +60,33 @@ def _throughput(rates: Throughput) -> Any:
         yaxis2={"title": {"text": "rows/s"}, "domain": [0, 0.38], "rangemode": "tozero", "automargin": True, "anchor": "x"},
     )
     for host, values in rates.tokens_per_s.items():
-        name = _plain(host or "all hosts")
+        name = plain(host or "all hosts")
         hover = "%{customdata}<br>%{y:,.0f} tokens/s<extra>" + name + "</extra>"
-        figure.add_scatter(
-            x=x, y=[*values, values[-1]], customdata=clock, name=name, mode="lines", line={"shape": "hv"}, stackgroup="hosts", hovertemplate=hover
-        )
+        made.add_scatter(x=x, y=[*values, values[-1]], customdata=clock, name=name, mode="lines", line={"shape": "hv"}, stackgroup="hosts", hovertemplate=hover)
     rows_hover = "%{customdata}<br>%{y:,.0f} rows/s<extra></extra>"
     rows = [*rates.rows_per_s, rates.rows_per_s[-1]]
     line = {"shape": "hv", "color": COLOURS[2]}
-    figure.add_scatter(x=x, y=rows, customdata=clock, yaxis="y2", mode="lines", fill="tozeroy", line=line, showlegend=False, hovertemplate=rows_hover)
+    made.add_scatter(x=x, y=rows, customdata=clock, yaxis="y2", mode="lines", fill="tozeroy", line=line, showlegend=False, hovertemplate=rows_hover)
     for place in rates.pauses:
-        figure.add_vline(x=place / size, line={"dash": "dot", "width": 1, "color": COLOURS[3]})
-    return figure
+        made.add_vline(x=place / size, line={"dash": "dot", "width": 1, "color": COLOURS[3]})
+    return made
 
 
 def _lengths(facts: Facts) -> Any:
     lengths = facts.lengths
     assert lengths is not None
-    figure = _figure(
+    made = figure(
         280, xaxis={"title": {"text": "tokens of a prompt"}, "automargin": True}, yaxis={"title": {"text": "prompts"}, "automargin": True}, bargap=0.04
     )
     ranges = [f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}" for low, high in pairwise(lengths.edges)]
-    figure.add_bar(
+    made.add_bar(
         x=[(low + high - 1) / 2 for low, high in pairwise(lengths.edges)],
         y=lengths.counts,
         width=[high - low for low, high in pairwise(lengths.edges)],
         customdata=ranges,
         hovertemplate="%{customdata} tokens: %{y:,} prompts<extra></extra>",
     )
-    return figure
+    return made
 
 
 def _tokens(accounts: dict[str, Any]) -> Any:
@@ -128,7 +97,7 @@ def _tokens(accounts: dict[str, Any]) -> Any:
         ("of copied vectors, not computed", accounts["tokens_copied"], COLOURS[4]),
     ]
     whole = max(1, sum(count for _, count, _ in parts))
-    figure = _figure(
+    made = figure(
         130,
         barmode="stack",
         showlegend=True,
@@ -140,31 +109,31 @@ def _tokens(accounts: dict[str, Any]) -> Any:
     for name, count, colour in parts:
         if count:
             hover = f"{name}: {count:,} tokens, %{{x:.1%}}<extra></extra>"
-            figure.add_bar(x=[count / whole], y=[""], orientation="h", name=name, marker={"color": colour}, hovertemplate=hover)
-    return figure
+            made.add_bar(x=[count / whole], y=[""], orientation="h", name=name, marker={"color": colour}, hovertemplate=hover)
+    return made
 
 
 def _histogram(histogram: Histogram, title: str, colour: str, mark: tuple[float, str] | None = None) -> Any:
     edges = histogram.edges
-    figure = _figure(240, xaxis={"title": {"text": title}, "automargin": True}, bargap=0.04, margin={"l": 56, "r": 16, "t": 24, "b": 48})
-    figure.add_bar(
+    made = figure(240, xaxis={"title": {"text": title}, "automargin": True}, bargap=0.04, margin={"l": 56, "r": 16, "t": 24, "b": 48})
+    made.add_bar(
         x=[(low + high) / 2 for low, high in pairwise(edges)],
         y=histogram.counts,
         marker={"color": colour},
         hovertemplate="%{x:.4f}: %{y:,}<extra></extra>",
     )
     if mark:
-        figure.add_vline(
+        made.add_vline(
             x=mark[0],
             line={"dash": "dot", "width": 1.5, "color": COLOURS[3]},
             annotation={"text": f"{mark[1]} {mark[0]:.3f}", "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "center"},
         )
-    return figure
+    return made
 
 
 def _dimensions(deviations: list[float]) -> Any:
-    figure = _figure(240, xaxis={"title": {"text": "dimensions, by deviation"}, "automargin": True})
-    figure.add_scatter(
+    made = figure(240, xaxis={"title": {"text": "dimensions, by deviation"}, "automargin": True})
+    made.add_scatter(
         x=list(range(1, len(deviations) + 1)),
         y=deviations,
         mode="lines",
@@ -172,7 +141,7 @@ def _dimensions(deviations: list[float]) -> Any:
         line={"color": COLOURS[4]},
         hovertemplate="%{x:,} dimensions deviate by at least %{y:.4g}<extra></extra>",
     )
-    return figure
+    return made
 
 
 def _map(points: list[Point]) -> Any:
@@ -180,8 +149,8 @@ def _map(points: list[Point]) -> Any:
     ticks = [2**power for power in range(15) if min(tokens) <= 2**power <= max(tokens)]
     ticks = ticks if len(ticks) > 1 else sorted({min(tokens), max(tokens)})
     bare = {"visible": False}
-    figure = _figure(620, xaxis=bare, yaxis=bare | {"scaleanchor": "x"}, margin={"l": 8, "r": 8, "t": 8, "b": 8}, dragmode="pan")
-    figure.add_scatter(
+    made = figure(620, xaxis=bare, yaxis=bare | {"scaleanchor": "x"}, margin={"l": 8, "r": 8, "t": 8, "b": 8}, dragmode="pan")
+    made.add_scatter(
         x=[point.x for point in points],
         y=[point.y for point in points],
         mode="markers",
@@ -203,18 +172,13 @@ def _map(points: list[Point]) -> Any:
             },
         },
     )
-    return figure
-
-
-def _plain(text: str) -> str:
-    """So that plotly shows the text as it is; of its entities it knows those of ``<``, ``>`` and ``&``, not that of a quote."""
-    return html.escape(text, quote=False)
+    return made
 
 
 def _hover(point: Point) -> str:
-    name = _plain(textwrap.shorten(point.id, WRAP, placeholder="…") if point.id is not None else f"row {point.source_row:,}")
+    name = plain(textwrap.shorten(point.id, WRAP, placeholder="…") if point.id is not None else f"row {point.source_row:,}")
     chunk = f", chunk {point.chunk}" if point.chunk is not None else ""
-    lines = [f"<b>{name}</b>", f"{_plain(PurePosixPath(point.url).name[-WRAP:])} row {point.source_row:,}{chunk}, {point.n_tokens:,} tokens"]
+    lines = [f"<b>{name}</b>", f"{plain(PurePosixPath(point.url).name[-WRAP:])} row {point.source_row:,}{chunk}, {point.n_tokens:,} tokens"]
     if point.text is not None:
-        lines += ["", *(_plain(line) for line in textwrap.wrap(point.text, WRAP))]
+        lines += ["", *(plain(line) for line in textwrap.wrap(point.text, WRAP))]
     return "<br>".join(lines)

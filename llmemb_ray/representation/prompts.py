@@ -7,9 +7,9 @@ This module needs only the ``tokenizers`` library; it knows no model and no file
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ otherwise at the border shares fewer tokens (see ``TokenRows.shared``)."""
 
 MIN_SHARED_TOKENS = 4
 """A shorter common prefix is computed with each row: sharing a lone BOS token saves nothing."""
+
+EXTENDED_CHECKED = 32
+"""Rows that ``Prompter.extend`` compares with their whole prompt's tokens each time it is called."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,26 @@ class Unfit(ValueError):
         self.reason, self.detail = reason, detail
 
 
+@lru_cache(maxsize=8)
+def _tokenizer(serialised: str) -> Any:
+    """Parsed once for all prompters of a model, without truncation and padding."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(serialised)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@lru_cache(maxsize=256)
+def _never_one_token(serialised: str, before: str, after: str) -> bool:
+    """Whether no token holds these two characters, as the vocabulary spells them, side by side: then every tokenisation parts them."""
+    tokenizer = _tokenizer(serialised)
+    if type(tokenizer.model).__name__ not in ("BPE", "Unigram") or getattr(tokenizer.model, "continuing_subword_prefix", None):
+        return False
+    return not any(before + after in piece for piece in tokenizer.get_vocab(with_added_tokens=True))
+
+
 class Prompter:
     """Turns texts of one role into token sequences.
 
@@ -105,17 +128,14 @@ class Prompter:
     """
 
     def __init__(self, representation: Representation, role: Role, *, tokenizer_json: str, eos_id: int | None) -> None:
-        from tokenizers import Tokenizer
-
         if representation.max_tokens is None:
             raise ConfigError("max_tokens: not settled; settle it against the model first")
         self.representation, self.role = representation, role
         self.max_tokens = representation.max_tokens
         self._form = representation.form(role)
         self._before, self._after = templates.split(self._form.template)
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._serialised = tokenizer_json
+        self._tokenizer = _tokenizer(tokenizer_json)
         self._eos: list[int] = []
         self.template_tokens: int
         """Tokens of the prompt of an empty text: what the template takes of ``max_tokens``."""
@@ -177,6 +197,60 @@ class Prompter:
                 unfit.append(problem)
         return TokenRows.from_lists(rows, truncated), unfit
 
+    def extend(self, base: Prompter, rows: TokenRows, texts: Sequence[str]) -> tuple[TokenRows, list[Unfit | None], int]:
+        """What ``tokenize(texts)`` gives, made from the ``rows`` that ``base.tokenize(texts)`` gave; and how many texts were tokenised again for it.
+
+        base: of this template without what it begins with, such as demonstrations. The tokens up to a border inside the template are put in
+        front of what follows it in each row. A border serves if no token of the vocabulary reaches over it, so that every tokenisation of every
+        prompt has it; some rows are compared with their whole prompt besides. Rows that were cut or are too long now are tokenised again, and
+        all of them where there is no such border.
+        """
+        seam = self._seam(base)
+        joined: list[IntArray | None] = [None] * len(texts)
+        if seam is not None:
+            head, cut = seam
+            beginning, start = base._tokenizer.encode(base.prompt(PROBES[0])).ids[:cut], np.asarray(head, np.int32)
+            fits = ~rows.truncated & (rows.lengths > cut) & (rows.lengths - cut + len(start) <= self.max_tokens)
+            for position, token in enumerate(beginning):
+                fits[fits] = rows.ids[rows.offsets[:-1][fits] + position] == token
+            for row in np.flatnonzero(fits).tolist():
+                joined[row] = np.concatenate([start, rows[row][cut:]])
+            sample = _unusual(rows, np.flatnonzero(fits), cut + 1)
+            whole, _ = self.tokenize([texts[row] for row in sample])
+            if any(not np.array_equal(whole[place], joined[row]) for place, row in enumerate(sample)):  # type: ignore[arg-type]
+                joined = [None] * len(texts)
+        again = [row for row, ids in enumerate(joined) if ids is None]
+        rest, problems = self.tokenize([texts[row] for row in again])
+        truncated = np.zeros(len(texts), np.bool_)
+        unfit: list[Unfit | None] = [None] * len(texts)
+        for place, row in enumerate(again):
+            joined[row], truncated[row], unfit[row] = rest[place], rest.truncated[place], problems[place]
+        return TokenRows.from_lists(joined, truncated.tolist()), unfit, len(again)
+
+    def _seam(self, base: Prompter) -> tuple[list[int], int] | None:
+        """(the tokens before a sure border, how many tokens of ``base``'s prompts they stand for), the border inside what both templates have."""
+        if base._serialised != self._serialised or (base._after, base._form.clean, base._eos) != (self._after, self._form.clean, self._eos):
+            return None
+        if not self._before.endswith(base._before):
+            return None
+        probes = [base._tokenizer.encode(base.prompt(probe)).ids for probe in PROBES]
+        theirs, ours = probes[0], self._tokenizer.encode(self.prompt(PROBES[0])).ids
+        fixed = next(count for count in range(len(theirs) + 1) if len({tuple(probe[: count + 1]) for probe in probes}) > 1)
+        shared = next((count for count, (a, b) in enumerate(zip(theirs[::-1], ours[::-1], strict=False)) if a != b), min(len(theirs), len(ours)))
+        more = len(ours) - len(theirs)
+        for cut in range(fixed - 1, max(len(theirs) - shared, 1) - 1, -1):
+            after = self._spelling(theirs[cut])
+            sides = [(self._spelling(left), after) for left in (theirs[cut - 1], ours[cut - 1 + more])]
+            if all(left and right and _never_one_token(self._serialised, left[-1], right[0]) for left, right in sides):
+                return ours[: cut + more], cut
+        return None
+
+    def _spelling(self, token: int) -> str:
+        """A token as the vocabulary spells it; empty if that is no spelling (a special token, a lone byte)."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        added = token in self._tokenizer.get_added_tokens_decoder()
+        return "" if added or (piece.startswith("<0x") and piece.endswith(">")) else piece
+
     def _fit(self, text: str) -> tuple[IntArray, bool]:
         """The prompt of the longest beginning of ``text`` found to fit, and whether that is less than the whole."""
         room = self.max_tokens - len(self._eos)
@@ -210,3 +284,14 @@ class Prompter:
         while count < shortest - 1 and len({probe[count] for probe in probes}) == 1:
             count += 1
         return np.asarray(probes[0][:count] if count >= MIN_SHARED_TOKENS else [], dtype=np.int32)
+
+
+def _unusual(rows: TokenRows, among: npt.NDArray[np.int64], position: int) -> list[int]:
+    """At most EXTENDED_CHECKED of the rows: half with the rarest tokens at ``position``, half spread evenly over all."""
+    if not len(among):
+        return []
+    tokens = rows.ids[np.minimum(rows.offsets[:-1] + position, rows.offsets[1:] - 1)[among]]
+    _, kinds, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    rare = among[np.argsort(counts[kinds], kind="stable")[: EXTENDED_CHECKED // 2]]
+    spread = among[np.linspace(0, len(among) - 1, EXTENDED_CHECKED // 2).astype(np.int64)]
+    return sorted({*rare.tolist(), *spread.tolist()})

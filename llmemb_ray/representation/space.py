@@ -18,6 +18,20 @@ def digest(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Context:
+    """What is changed in a model's configuration so that it takes longer prompts (paper 2, section 5.2); nothing by default."""
+
+    rope_theta: float | None = None
+    """Base of the rotary positions."""
+    sliding_window: int | None = None
+    """Tokens that a layer looks back, its own among them; 0: all."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is changed alone."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Space:
     representation: Representation
     model: str
@@ -25,9 +39,12 @@ class Space:
     adapter: str | None
     tokenizer: str
     """Digest of the tokenizer as serialised."""
+    context: Context = Context()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """A context that changes nothing is left out, so that spaces are those of the versions that had none."""
+        context = self.context.to_dict()
+        return {name: value for name, value in asdict(self).items() if name != "context"} | ({"context": context} if context else {})
 
     @property
     def digest(self) -> str:

@@ -51,7 +51,7 @@ def load_embedder(run: Run, access: Access | None = None, *, model: str | None =
     settings, plan = run.plan.settings, run.plan
     commit = plan.space["model"]
     values: dict[str, Any] = {"model": model or plan.model_name, "adapter": plan.adapter_name}
-    values |= {name: settings[name] for name in ("quantization", "trust_remote_code", "allow_pickle") if name in settings}
+    values |= {name: settings[name] for name in ("quantization", "trust_remote_code", "allow_pickle", "rope_theta", "sliding_window") if name in settings}
     if model is None and not commit.startswith("sha256:"):
         values["revision"] = commit
     if access is not None:

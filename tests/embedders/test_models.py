@@ -15,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmemb_ray.embedders import models
+from llmemb_ray.config import ModelSettings
+from llmemb_ray.embedders import Embedder, models, settle
 from llmemb_ray.embedders.transformers_backend import TransformersBackend
 from llmemb_ray.errors import ConfigError, ModelError
 from llmemb_ray.representation import Representation, TokenRows
+from llmemb_ray.search.exact import load_embedder
 from llmemb_ray.storage import Storage
+from tests.small_jobs import decoded, embed, opened, write
 from tests.small_models import config_of, make_model, tokenizer_of
 
 IDS = torch.arange(3, 40)[None]
@@ -148,6 +151,102 @@ def test_token_limit_and_dimension_are_settled_against_the_model() -> None:
     assert models.settle_dimension(Representation(dimensions=5), 32) == 5
     with pytest.raises(ConfigError, match="32"):
         models.settle_dimension(Representation(dimensions=33), 32)
+
+
+# -- longer prompts ------------------------------------------------------------------------------
+
+
+def extended(directory: Path, kind: str, **changes: Any) -> tuple[Path, Path]:
+    """A model of 256 positions, and the same with 512 and other changes written into its configuration, a nested one by layers."""
+    model = make_model(directory / kind, kind, **changes.pop("shape", {}))
+    saved = shutil.copytree(model, directory / f"{kind}-saved")
+    config = json.loads((saved / "config.json").read_text())
+    for name, value in ({"max_position_embeddings": 512} | changes).items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (saved / "config.json").write_text(json.dumps(config))
+    return model, saved
+
+
+LONG = [*("one two three four five six " * count for count in (1, 4, 15)), "a b c"]
+"""Prompts of up to 362 tokens."""
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({"rope_theta": 1e6, "sliding_window": 0}, {"rope_parameters": {"rope_theta": 1e6}}),
+    "phi": ({"rope_theta": 500}, {"rope_parameters": {"rope_theta": 500.0}}),
+    "mistral": ({"rope_theta": 1e5, "sliding_window": 0}, {"rope_parameters": {"rope_theta": 1e5}, "sliding_window": None}),
+    "gemma3_text": (
+        {"rope_theta": 1e4, "sliding_window": 40},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}, "sliding_window": 40},
+    ),
+}
+"""Settings, and the changes of config.json that they stand for."""
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_changed_context_gives_the_vectors_of_a_model_saved_with_it(kind: str, tmp_path: Path) -> None:
+    settings, changes = SETTINGS[kind]
+    model, saved = extended(tmp_path, kind, **changes)
+    spec = settle(ModelSettings.make({"model": str(model), "prompt": "none", "max_tokens": 400, "backend": "hf", **settings}))
+    expected = Embedder.load(str(saved), prompt="none", max_tokens=400, backend="hf").encode(LONG)
+    for plain in (False, True):
+        assert np.abs(Embedder(spec, plain=plain).encode(LONG) - expected).max() < 1e-5
+    assert len(spec.prompter("document").tokenize(LONG[2:3])[0][0]) > 256
+    unchanged = Embedder.load(str(model), prompt="none", backend="hf")
+    assert np.abs(unchanged.encode(LONG[:2]) - expected[:2]).max() > 1e-3
+    assert spec.space.digest != unchanged.spec.space.digest
+
+
+def test_a_window_switched_off_is_none_at_all_where_layers_differ(tmp_path: Path) -> None:
+    model, saved = extended(tmp_path, "gemma3_text", sliding_window=512)
+    expected = Embedder.load(str(saved), prompt="none", backend="hf", max_tokens=256).encode(LONG)
+    assert np.abs(Embedder.load(str(model), prompt="none", backend="hf", sliding_window=0).encode(LONG) - expected).max() < 1e-5
+
+
+def test_what_changes_nothing_keeps_the_space_of_versions_without_it(model: Path) -> None:
+    spec = settle(ModelSettings.make({"model": str(model), "rope_theta": 10000, "sliding_window": 0}))
+    assert list(spec.space.to_dict()) == ["representation", "model", "adapter", "tokenizer"]
+    changed = settle(ModelSettings.make({"model": str(model), "rope_theta": 10001}))
+    assert changed.space.to_dict() == spec.space.to_dict() | {"context": {"rope_theta": 10001.0}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "complaint"),
+    [
+        ("opt", {"rope_theta": 1e5}, "no base of rotary positions; leave"),
+        ("bloom", {"rope_theta": 1e5}, "no base of rotary positions; leave"),
+        ("gpt2", {"max_tokens": 257}, "256 positions, and its table of positions ends there; lower max_tokens"),
+        ("llama", {"max_tokens": 257}, "stretch them with rope_theta"),
+        ("llama", {"sliding_window": 8}, "no sliding window; leave"),
+        ("qwen3", {"sliding_window": 8}, "no sliding window; leave"),
+    ],
+)
+def test_a_context_that_the_model_cannot_have_is_refused(kind: str, settings: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path, kind)
+    with pytest.raises(ConfigError, match=complaint):
+        settle(ModelSettings.make({"model": str(model), **settings}))
+
+
+def test_beyond_its_positions_a_model_with_dynamic_scaling_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(ConfigError, match="dynamic"):
+        settle(ModelSettings.make({"model": str(model), "max_tokens": 257, "rope_theta": 1e5}))
+    assert settle(ModelSettings.make({"model": str(model), "max_tokens": 256, "rope_theta": 1e5})).representation.max_tokens == 256
+
+
+def test_queries_of_a_run_are_embedded_in_its_context(model: Path, tmp_path: Path) -> None:
+    corpus = write(tmp_path / "in" / "a.parquet", LONG, id=list("abcd"))
+    embed(corpus, tmp_path / "out", model, id_column="id", prompt="none", rope_theta=1e6, max_tokens=400)
+    queries = load_embedder(opened(tmp_path / "out")).encode(LONG)
+    assert np.abs(queries - np.stack([decoded(tmp_path / "out")[id_] for id_ in "abcd"])).max() < 1e-5
+
+
+@pytest.mark.vllm
+def test_vllm_has_the_same_context(tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model, saved = extended(tmp_path, "mistral", shape=wide, rope_parameters={"rope_theta": 1e5}, sliding_window=None)
+    expected = Embedder.load(str(saved), prompt="none", max_tokens=400, backend="hf").encode(LONG)
+    ours = Embedder.load(str(model), prompt="none", max_tokens=400, backend="vllm", rope_theta=1e5, sliding_window=0).encode(LONG)
+    assert np.abs(ours - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "gemma", "qwen3", "gpt_neox"])

@@ -114,6 +114,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, s
         "adapter": str(root / "adapter"),
         "llmemb.json": str(root),
         "other": str(other),
+        "windowed": str(make_model(root / "windowed", "mistral")),
         "model": str(model),
     }
 
@@ -133,6 +134,8 @@ MATTERS: dict[str, dict[str, Any]] = {
     "normalize": {"normalize": False},
     "dimensions": {"dimensions": 8},
     "max_tokens": {"max_tokens": 50},
+    "rope_theta": {"rope_theta": 1e5},
+    "sliding_window": {"model": "windowed", "sliding_window": 0},
     "append_eos": {"append_eos": True},
     "role": {"role": "query"},
     "input": {"input": ["more"]},
@@ -158,6 +161,7 @@ BASES: dict[str, dict[str, Any]] = {
     "instruction": {"prompt": "e5", "instruction": "Find them"},
     "backend": {"backend": "hf"},
     "engine_arg": {"backend": "vllm", "engine_arg": ["max_num_seqs=8"]},
+    "sliding_window": {"model": "windowed"},
     "centre": {"dtype": "ubinary"},
     "calibration": {"dtype": "int8"},
     "chunk_overlap": {"chunk_tokens": 8},

@@ -207,7 +207,7 @@ def estimate(
     sample_rows: None chooses
     Raises ConfigError for a GPU that is not in the table, InputError where the corpus cannot be read.
     """
-    config = models.load_config(models.fetch(spec.model, spec.access, weights=False), trust_remote_code=spec.trust_remote_code)
+    config = models.load_config(models.fetch(spec.model, spec.access, weights=False), trust_remote_code=spec.trust_remote_code, context=spec.context)
     job = Job.of(plan, spec, Storage(absolute(settings.output), settings.access), settings.access)
     seen = sampled.take(job, plan, sample_rows)
     scale = plan.rows / max(1, seen.source_rows)

@@ -1,0 +1,136 @@
+"""Settings of the demonstrations: making their candidates, and choosing among them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from llmemb_ray.config.base import ClusterSettings, StorageSettings, parse_actors, setting
+from llmemb_ray.representation.cleaning import Cleaning
+
+TRANSFER = "transfer:"
+"""Begins the name of what demonstrations are chosen for, where that is a transfer task."""
+
+
+class DemosBuildSettings(StorageSettings):
+    """Candidates of demonstrations: sentences summed up in one word by an LLM, and words with their definitions."""
+
+    out: str = setting(..., "JSON lines to write: sentence, word, source; local or URL.", panel="Candidates", argument=True)
+    append: bool = setting(False, "Add to the candidates that are in OUT.", panel="Candidates")
+    overwrite: bool = setting(False, "Replace the candidates that are in OUT; answers kept beside it are used again.", panel="Candidates")
+    seed: int = setting(0, "Seed of the samples.", panel="Candidates", ge=0)
+
+    sentences: list[str] = setting(
+        [],
+        "Sentences to sum up: stsb-train (as written), stsb-train-senteval (lower-cased, tokenised), or a file: .txt with one a line, "
+        ".jsonl, .csv, .tsv, .parquet; repeatable.",
+        panel="Sentences",
+    )
+    sentence_column: str | None = setting(None, "Column of the sentences in such a file; default: sentence, else text.", panel="Sentences")
+    count: int = setting(100, "Distinct sentences sampled from each source; paper 1 takes 100.", panel="Sentences", ge=1)
+    data: str | None = setting(None, "Directory of the data sets, for stsb-train; default: LLMEMB_DATA.", panel="Sentences")
+
+    dictionary: list[str] = setting(
+        [],
+        "Words with definitions: .tsv (word, tab, definition), .jsonl (word, definition), WordNet's data.noun, data.verb, data.adj, data.adv, "
+        "or their directory; repeatable.",
+        panel="Dictionary",
+    )
+    dictionary_count: int = setting(200, "Entries sampled from each dictionary; paper 1 takes 200.", panel="Dictionary", ge=1)
+
+    llm: str | None = setting(None, "Model of an OpenAI-compatible endpoint that is asked; its key is taken from OPENAI_API_KEY.", panel="Endpoint")
+    base_url: str | None = setting(None, "The endpoint, such as http://127.0.0.1:8000/v1; default: OPENAI_BASE_URL, else OpenAI's own.", panel="Endpoint")
+    concurrency: int = setting(8, "Requests to the endpoint at once.", panel="Endpoint", ge=1, le=1000)
+    retries: int = setting(5, "Times that a request is tried again after an overload, a time-out or a lost connection.", panel="Endpoint", ge=0)
+    request_timeout: float = setting(60.0, "Seconds that a request may take.", panel="Endpoint", gt=0)
+    temperature: float | None = setting(0.0, "Of the endpoint's answers; null leaves it to the endpoint.", panel="Endpoint", ge=0)
+
+    model: str | None = setting(None, "Model to load and ask in place of an endpoint, greedily: hub id, local directory or URL.", panel="Model")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub model; resolved to a commit once.", panel="Model")
+    asking: Literal["auto", "chat", "plain"] = setting(
+        "auto", "model: chat through its chat template, plain by going on from the template's last quote, auto: chat where there is one.", panel="Model"
+    )
+    max_new_tokens: int = setting(24, "Tokens of an answer at most, of an endpoint's as well; a model that reasons first needs more.", panel="Model", ge=1)
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision of the model; auto is bfloat16 on CUDA, else float32.", panel="Model"
+    )
+    trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
+    allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Model")
+
+    actors: str = setting(
+        "auto", "Actors that hold the model: N, MIN:MAX, auto (all GPUs, or a few per CPU node), or 0 for this process without Ray.", panel="Cluster"
+    )
+    gpus_per_actor: float | None = setting(None, "GPUs of an actor; default 1 where the cluster has GPUs, else 0.", panel="Cluster", ge=0)
+    cpus_per_actor: float | None = setting(None, "CPU cores of an actor; default: most of a CPU node, at most 8.", panel="Cluster", gt=0)
+    ray_address: str | None = setting(None, "Ray cluster; default: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster")
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _number_of_actors(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        parse_actors(self.actors)
+        if not self.sentences and not self.dictionary:
+            raise ValueError("sentences or dictionary must be given: candidates are made of sentences that an LLM sums up, or of words with definitions")
+        if self.append and self.overwrite:
+            raise ValueError("append and overwrite exclude each other")
+        if self.sentences and (self.llm is None) == (self.model is None):
+            raise ValueError("llm or model, one of them, must be given: the model of an endpoint, or one to load, that sums up the sentences")
+        if not self.sentences and (self.llm or self.model):
+            raise ValueError("llm and model sum up sentences; give sentences, or leave them out")
+        if self.llm is None and self.model_fields_set & {"base_url", "concurrency", "retries", "request_timeout", "temperature"}:
+            raise ValueError("base_url, concurrency, retries, request_timeout and temperature are for an endpoint; they do nothing without llm")
+        if self.model is None and self.model_fields_set & {"revision", "asking", "compute_dtype", "actors", "gpus_per_actor", "cpus_per_actor", "ray_address"}:
+            raise ValueError("revision, asking, compute_dtype and the settings of actors are for a model that is loaded; they do nothing without model")
+        return self
+
+    def cluster(self) -> ClusterSettings:
+        """What the actors take of a cluster."""
+        names = ("endpoint_url", "storage_options", "storage_retry_seconds", "model", "actors", "gpus_per_actor", "cpus_per_actor", "ray_address")
+        return ClusterSettings.make({name: getattr(self, name) for name in names})
+
+
+class DemosSelectSettings(ClusterSettings):
+    """Which demonstrations are best for a model."""
+
+    candidates: str | None = setting(None, "JSON lines of demonstrations (sentence, word), as llmemb demos build writes them.", panel="Search")
+    out: str = setting(..., "Directory or URL prefix of the leaderboard; what is scored there is not scored again.", panel="Search")
+    data: str | None = setting(None, "Directory of the data sets; default: LLMEMB_DATA.", panel="Search")
+    for_: str = setting("sts", "What they are chosen for: sts (STS-B dev), or transfer:TASK with the task's labelled examples as candidates.", panel="Search")
+    raw: bool = setting(False, "sts: the original text of STS-B, in place of SentEval's lower-cased, tokenised one.", panel="Search")
+    demos_per_prompt: int = setting(1, "Demonstrations in a prompt; for sts up to so many, found one after another.", panel="Search", ge=1)
+    beam: int = setting(1, "sts: so many of the best prompts are lengthened by each candidate in turn.", panel="Search", ge=1)
+    halving: bool = setting(False, "Successive halving: score on a sample of dev, drop the worse half, double the sample.", panel="Search")
+    halving_first: int = setting(8, "halving: the first sample is one N-th of dev.", panel="Search", ge=2)
+    draws: int = setting(100, "transfer: prompts drawn from the task's labelled examples.", panel="Search", ge=1)
+    examples: int | None = setting(None, "transfer: score on so many of the task's training examples; default: all.", panel="Search", ge=20)
+    folds: int = setting(5, "transfer: folds of cross-validation.", panel="Search", ge=2)
+    classifier: Literal["senteval", "sklearn"] = setting(
+        "senteval", "transfer: SentEval's early-stopped linear classifier, or scikit-learn's logistic regression.", panel="Search"
+    )
+    seed: int = setting(1111, "Seed of the samples of halving, and of the draws and classifiers of transfer.", panel="Search", ge=0)
+    top: int = setting(20, "Rows of the leaderboard that are printed.", panel="Search", ge=1)
+    clean: Cleaning = setting("senteval", "Text preparation; senteval is that of paper 1's evaluation.", panel="Representation")
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        if self.representation is not None or self.prompt != "prompteol" or self.demo or self.instruction is not None:
+            raise ValueError("prompt: demonstrations are chosen for prompteol; leave prompt, demo, instruction and representation out")
+        if self.transfer_task is None:
+            if self.for_ != "sts":
+                raise ValueError(f"for: {self.for_!r} is neither sts nor transfer:TASK, such as transfer:MR")
+            if self.candidates is None:
+                raise ValueError("candidates: must be given; llmemb demos build makes them")
+            ignored = self.model_fields_set & {"draws", "examples", "folds", "classifier"}
+        else:
+            ignored = self.model_fields_set & {"candidates", "raw", "beam"}
+        if ignored:
+            raise ValueError(f"{', '.join(sorted(ignored))}: not used with for {self.for_}; leave out")
+        return self
+
+    @property
+    def transfer_task(self) -> str | None:
+        return self.for_.removeprefix(TRANSFER) if self.for_.startswith(TRANSFER) else None

@@ -1,0 +1,121 @@
+"""An evaluation in words, for a terminal: a table for each suite with the nearest published row beneath ours.
+
+Invariant: the published row is shown as its source gives it, with '≈' where it is approximate. Knows only what an ``Evaluation`` and the published rows hold.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llmemb_ray.evaluation import contamination, published
+from llmemb_ray.evaluation.record import PATH, Evaluation
+from llmemb_ray.evaluation.tables import table
+from llmemb_ray.pipeline.estimates.text import quantity
+
+EXTREMES = 6
+"""Lowest and highest tasks shown of a suite that has too many for a table."""
+
+MANY = 24
+"""Tasks from which on a suite is summed up."""
+
+TITLES = {
+    "sts": "sts, Spearman × 100",
+    "sts-raw": "sts-raw, Spearman × 100",
+    "transfer": "transfer, accuracy × 100",
+    "retrieval": "retrieval, nDCG@10 × 100",
+    "bitext": "bitext, accuracy × 100",
+    "passkey": "passkey, top-1 accuracy × 100 by prompt length in tokens",
+    "mteb": "mteb, main score × 100",
+}
+
+TEXTS = {"tokenized": "lower-cased, tokenised text (SentEval's files)", "raw": "text in its original case and punctuation"}
+"""Editions of the STS sentences, in words."""
+
+
+def lines(evaluation: Evaluation) -> list[str]:
+    """The whole evaluation: what was evaluated, its suites, counts and times, contamination."""
+    return list(_lines(evaluation))
+
+
+def _lines(made: Evaluation) -> Iterator[str]:
+    engine = ", ".join(str(value) for name, value in made.engine.items() if value not in (None, "none"))
+    adapter = f" with {made.adapter}" if made.adapter else ""
+    yield f"{made.model}{adapter}: {quantity(made.parameters)} parameters, {made.dimension:,} dimensions; {engine}"
+    yield f"{published.METHODS[published.method_of(made)]}: {made.representation.get('document', {}).get('template', '')!r}"
+    for suite in made.suites:
+        yield ""
+        yield from _suite(made, suite)
+    yield ""
+    yield from _sums(made)
+    if made.contamination:
+        yield ""
+        yield from contamination.from_dict(made.contamination).lines()
+
+
+def _suite(made: Evaluation, suite: str) -> Iterator[str]:
+    tasks = [task for task in made.suites[suite] if task != "avg"]
+    yield TITLES.get(suite, suite) + "".join(f"; {TEXTS.get(text, text)}" for text in editions(made, suite))
+    row = published.nearest(made, suite)
+    whole = published.is_whole(made, suite)
+    if len(tasks) >= MANY and suite != "mteb":
+        yield from _summed_up(made, suite, tasks, row if whole else None)
+    else:
+        columns = [*tasks, *(["avg"] if "avg" in made.suites[suite] else [])]
+        rows = [["ours", *(published.shown(made.suites[suite].get(task)) for task in columns)]]
+        if row is not None:
+            rows.append([f"published: {row.title}", *(counterpart(row, task, whole) for task in columns)])
+        yield from table(["", *columns], rows)
+    if row is not None:
+        yield f"source: {row.source}" + ("; ≈ is recalled, or read off a figure" if row.approximate != "none" else "")
+        if published.SAME_TASKS.get(suite, suite) in published.AVERAGED and not whole:
+            yield "the published average is of all seven tasks, and has no counterpart here"
+    yield from _further(made, suite, tasks)
+
+
+def editions(made: Evaluation, suite: str) -> list[str]:
+    """Which texts the tasks of a suite were scored on, where they say so."""
+    return list(dict.fromkeys(str(parts["text"]) for parts in made.details.get(suite, {}).values() if isinstance(parts.get("text"), str)))
+
+
+def counterpart(row: published.Published, task: str, whole: bool) -> str:
+    """A published figure as shown beside ours. whole: whether our average is of as many tasks as theirs."""
+    return "–" if task == "avg" and not whole else published.shown(row.figure(task), approximate=row.is_approximate(task))
+
+
+def _summed_up(made: Evaluation, suite: str, tasks: Sequence[str], row: published.Published | None) -> Iterator[str]:
+    figures = made.suites[suite]
+    ranked = sorted(tasks, key=lambda task: (figures[task], task))
+    mean = figures.get("avg", statistics.fmean(figures[task] for task in tasks))
+    yield f"mean of {len(tasks):,}: {mean:.2f}, median {statistics.median(figures[task] for task in tasks):.2f}"
+    if row is not None:
+        yield f"published: {row.title}: {counterpart(row, 'avg', True)}"
+    yield "lowest:  " + ", ".join(f"{task} {figures[task]:.2f}" for task in ranked[:EXTREMES])
+    yield "highest: " + ", ".join(f"{task} {figures[task]:.2f}" for task in reversed(ranked[-EXTREMES:]))
+    yield f"all {len(tasks):,} stand in {PATH} (suites.{suite}) and on the page"
+
+
+def _further(made: Evaluation, suite: str, tasks: Sequence[str]) -> Iterator[str]:
+    """Other metrics of a retrieval task, as its details have them."""
+    if suite != "retrieval":
+        return
+    parts: Mapping[str, Mapping[str, Any]] = {task: made.details.get(suite, {}).get(task, {}) for task in tasks}
+    names = list(
+        dict.fromkeys(name for found in parts.values() for name, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool))
+    )
+    if names:
+        yield from table(["", *names], [[task, *(_number(parts[task].get(name)) for name in names)] for task in tasks])
+
+
+def _number(value: Any) -> str:
+    return "–" if not isinstance(value, int | float) else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+
+def _sums(made: Evaluation) -> Iterator[str]:
+    counts = dict(made.counts)
+    if counts.get("texts"):
+        yield f"{counts['texts']:,} texts wanted, {counts.get('texts_embedded', 0):,} embedded (each once), {counts.get('tokens', 0):,} tokens"
+    if made.seconds:
+        yield "seconds: " + ", ".join(f"{name} {value:,.1f}" for name, value in made.seconds.items())
+    yield f"space {made.space}"

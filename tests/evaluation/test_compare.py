@@ -1,0 +1,81 @@
+"""Several evaluations in one table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmemb_ray.errors import InputError
+from llmemb_ray.evaluation.compare import compare, lines, named
+from tests.evaluation.records import STS, made
+
+
+def test_rows_are_named_by_what_differs() -> None:
+    assert named([made("a/opt-1"), made("b/opt-2")]) == ["a/opt-1", "b/opt-2"]
+    assert named([made(), made(method="none")]) == ["PromptEOL, zero-shot", "last token"]
+    assert named([made(), made(adapter="dir/adapter")]) == ["PromptEOL, zero-shot", "fine-tuned, with dir/adapter"]
+    demos = [made(method="prompteol-icl", settings={"demo": [f"A cat.=>{word}"]}) for word in ("Cat", "Animal")]
+    assert named(demos) == ["facebook/opt-125m, demo 'A cat.=>Cat'", "facebook/opt-125m, demo 'A cat.=>Animal'"]
+    layers = [made(representation={"layer": layer}) for layer in (-1, -2)]
+    assert named(layers) == ["facebook/opt-125m, layer -1", "facebook/opt-125m, layer -2"]
+    engine = {"backend": "hf", "compute_dtype": "float32"}
+    weights = [made(engine=engine | {"quantization": name}) for name in ("none", "nf4")]
+    assert named(weights) == ["facebook/opt-125m, quantization none", "facebook/opt-125m, quantization nf4"]
+    assert named([made(), made()]) == ["facebook/opt-125m #1", "facebook/opt-125m #2"]
+    assert named([made()]) == ["facebook/opt-125m"]
+
+
+def test_columns_are_the_tasks_of_the_suites_in_common() -> None:
+    left = made("a", suites={"transfer": {"MR": 80, "CR": 90}, "sts": {"STS12": 40}, "bitext": {"fra": 1}})
+    right = made("b", suites={"sts": {"STS12": 50, "STS13": 60}, "transfer": {"MR": 70, "CR": 60}})
+    found = compare([left, right])
+    assert found.suites == {"transfer": ["MR", "CR", "avg"], "sts": ["STS12", "STS13", "avg"]}
+    shown = lines(found)
+    assert [line.split() for line in shown[:8]] == [
+        ["transfer,", "accuracy", "×", "100"],
+        ["MR", "CR", "avg"],
+        ["a", "80.00", "90.00", "85.00"],
+        ["b", "70.00", "60.00", "65.00"],
+        [],
+        ["sts,", "Spearman", "×", "100"],
+        ["STS12", "STS13", "avg"],
+        ["a", "40.00", "–", "40.00"],
+    ]
+    assert found.notes == ["sts: the averages are of different tasks (a: 1, b: 2)"]
+    written = json.loads(json.dumps(found.to_dict()))
+    assert written["rows"][1]["figures"]["sts"] == {"STS12": 50.0, "STS13": 60.0, "avg": 55.0}
+    assert "evaluations" not in written
+
+
+def test_nothing_in_common_is_refused_and_both_sides_named() -> None:
+    with pytest.raises(InputError, match=r"no suite.*\(a: sts; b: sts-raw\).*same --out"):
+        compare([made("a"), made("b", suites={"sts-raw": dict.fromkeys(STS, 50)})])
+    with pytest.raises(InputError, match="no evaluation"):
+        compare([])
+
+
+def test_protocols_that_differ_are_told() -> None:
+    suites = {"transfer": {"MR": 80}, "sts": {"STS12": 50}}
+    left = made("a", suites=suites, details={"sts": {"STS12": {"text": "tokenized"}}}, settings={"folds": 5})
+    right = made("b", suites=suites, details={"sts": {"STS12": {"text": "raw"}}}, settings={"classifier": "sklearn", "folds": 10})
+    notes = compare([left, right]).notes
+    assert "transfer: folds differs: 5 (a); 10 (b)" in notes
+    assert "transfer: classifier differs: senteval (a); sklearn (b)" in notes
+    assert [note for note in notes if note.startswith("sts: the text differs: lower-cased")]
+    assert len(notes) == 3
+    same = compare([made("a", suites=suites, settings={"folds": 10}), made("b", suites=suites)])
+    assert same.notes == [], "a default that is written out is the default"
+
+
+def test_spaces_and_commits_are_told() -> None:
+    engines = [{"backend": backend, "compute_dtype": "float32", "quantization": "none"} for backend in ("hf", "vllm")]
+    (note,) = compare([made(space="s", engine=engine) for engine in engines]).notes
+    assert "one vector space" in note
+    assert "backend hf; facebook/opt-125m, backend vllm" in note
+    assert any("different commits: aaa, bbb" in note for note in compare([made(commit="aaa"), made(commit="bbb", space="t")]).notes)
+
+
+def test_many_languages_are_summed_up() -> None:
+    shown = lines(compare([made(name, suites={"bitext": {f"l{number}": number for number in range(100)}}) for name in ("a", "b")]))
+    assert [line.split() for line in shown if line.startswith("a ")] == [["a", "100", "0.00", "49.50", "99.00", "49.50"]]

@@ -1,0 +1,132 @@
+"""Prompts to a real HTTP server that errs as endpoints do."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from llmemb_ray.errors import ConfigError, RunFailed
+from llmemb_ray.generation.endpoint import FAILURES_IN_A_ROW, Endpoint
+from tests.generation.chat_server import ChatServer, Reply, completion, fault
+from tests.ray_cluster import free_port
+
+SECRET = "sk-very-secret"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def test_each_prompt_is_answered_once_under_its_number_several_at_a_time() -> None:
+    with ChatServer(lambda prompt, _: prompt.upper(), seconds=0.05) as server:
+        prompts = [f"prompt {number}" for number in range(13)]
+        answers = dict(Endpoint("tiny", base_url=server.url, concurrency=4).generate(prompts))
+    assert [answers[number].text for number in range(13)] == [prompt.upper() for prompt in prompts]
+    assert set(server.asked.values()) == {1}
+    assert server.busiest == 4
+    assert sum(answer.prompt_tokens for answer in answers.values()) == 13 * 11
+
+
+def test_a_request_holds_model_message_and_settings_and_the_key_only_in_its_header() -> None:
+    with ChatServer(lambda *_: "Word") as server:
+        endpoint = Endpoint("tiny", base_url=server.url, temperature=0.5, max_new_tokens=7)
+        list(endpoint.generate(["hello"]))
+        list(Endpoint("tiny", base_url=server.url, temperature=None).generate(["hello"]))
+    (headers, body), (_, second) = server.requests
+    assert body == {"path": "/v1/chat/completions", "model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0.5, "max_tokens": 7}
+    assert headers["authorization"] == f"Bearer {SECRET}"
+    assert "temperature" not in second
+    assert SECRET not in endpoint.name
+
+
+def test_overload_is_tried_again_and_counted() -> None:
+    with ChatServer(lambda _, before: "Word" if before == 2 else (429 if before else 503, fault("busy"))) as server:
+        [(_, answer)] = Endpoint("tiny", base_url=server.url).generate(["hello"])
+    assert (answer.text, answer.retries) == ("Word", 2)
+
+
+def test_what_stays_is_told_apart_from_what_passes() -> None:
+    replies: dict[str, Reply] = {
+        "refused": (400, fault("content management policy")),
+        "overloaded": (503, fault(f"no room for {SECRET}")),
+        "page": (200, b"<html>a proxy's page</html>"),
+        "hollow": (200, {"object": "chat.completion", "choices": []}),
+        "null": (200, completion(None, finish="content_filter")),
+        "long": (200, completion("Wor", finish="length")),
+    }
+    with ChatServer(lambda prompt, _: replies.get(prompt, "Word")) as server:
+        prompts = ["first", *replies]
+        answers = {prompts[number]: answer for number, answer in Endpoint("tiny", base_url=server.url, retries=1).generate(prompts)}
+    assert {name for name, answer in answers.items() if answer.passing} == {"overloaded", "page", "hollow"}
+    assert {name for name, answer in answers.items() if answer.text is None} == {"overloaded", "page", "hollow", "refused", "null"}
+    assert "content management policy" in str(answers["refused"].problem)
+    assert server.asked["refused"] == 1
+    assert server.asked["overloaded"] == 2
+    assert "no room for ***" in str(answers["overloaded"].problem)
+    assert (answers["long"].text, answers["long"].cut) == ("Wor", True)
+
+
+@pytest.mark.parametrize(
+    ("reply", "named"),
+    [
+        ((401, fault(f"bad key {SECRET}")), "OPENAI_API_KEY"),
+        ((404, fault("no such model")), "name of llm"),
+        ((400, fault("Unsupported value: 'temperature'", code="unsupported_value", param="temperature")), "temperature=null"),
+    ],
+)
+def test_what_is_wrong_for_every_prompt_stops_at_the_first(reply: Reply, named: str) -> None:
+    with ChatServer(lambda *_: reply) as server, pytest.raises(ConfigError, match=named) as caught:
+        list(Endpoint("tiny", base_url=server.url).generate(["one", "two", "three"]))
+    assert sum(server.asked.values()) == 1
+    assert SECRET not in str(caught.value)
+
+
+def test_an_address_where_nothing_listens_is_named() -> None:
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(ConfigError, match=f"base_url: {url} does not answer"):
+        list(Endpoint("tiny", base_url=url, retries=0).generate(["hello"]))
+
+
+def test_models_that_want_the_newer_name_of_the_limit_get_it() -> None:
+    refusal = fault("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", code="unsupported_parameter", param="max_tokens")
+    with ChatServer(lambda *_: "Word" if "max_completion_tokens" in server.requests[-1][1] else (400, refusal)) as server:
+        answers = dict(Endpoint("tiny", base_url=server.url, concurrency=1).generate(["one", "two"]))
+    assert [answers[number].text for number in (0, 1)] == ["Word", "Word"]
+    assert server.asked == {"one": 2, "two": 1}
+
+
+def test_an_endpoint_that_goes_on_failing_is_given_up() -> None:
+    with (
+        ChatServer(lambda prompt, _: "Word" if prompt == "0" else (500, fault("broken"))) as server,
+        pytest.raises(RunFailed, match=r"in a row failed.*broken"),
+    ):
+        list(Endpoint("tiny", base_url=server.url, retries=0).generate(str(number) for number in range(1000)))
+    assert sum(server.asked.values()) < 3 * FAILURES_IN_A_ROW
+
+
+def test_prompts_without_end_are_read_only_as_answers_are_taken() -> None:
+    taken = itertools.count()
+
+    def prompts() -> Iterator[str]:
+        for number in taken:
+            yield str(number)
+
+    with ChatServer(lambda *_: "Word") as server:
+        answers = Endpoint("tiny", base_url=server.url, concurrency=2).generate(prompts())
+        assert len(list(itertools.islice(answers, 5))) == 5
+        time.sleep(0.3)
+        answers.close()
+    assert next(taken) <= 5 + 3 * 2
+
+
+def test_a_key_or_an_address_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        Endpoint("tiny")
+    with ChatServer(lambda *_: "Word") as server:
+        assert next(iter(Endpoint("tiny", base_url=server.url).generate(["hello"])))[1].text == "Word"
