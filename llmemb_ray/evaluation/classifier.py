@@ -93,8 +93,8 @@ class _Member:
 def fit_senteval(features: Floats, labels: Rows, fits: Sequence[Fit], *, classes: int, seed: int, device: str | None = None) -> list[Fitted]:
     """SentEval's classifier for every fit and strength, as many side by side as ``BATCH_BYTES`` allow; the next one takes the place of one that stops.
 
-    features: float32 [N, D], copied once (with a column of ones, to the device); labels: int64 [N], from 0 to classes - 1. Every fit starts from the same ``seed``, as in SentEval:
-    equal weights, and equal orders where the numbers of rows are equal. device: "cuda" where there is one, else "cpu".
+    features: float32 [N, D], copied once with a column of ones, to the device; labels: int64 [N], from 0 to classes - 1. Every fit starts from the same
+    ``seed``, as in SentEval: equal weights, and equal orders where the numbers of rows are equal. device: "cuda" where there is one, else "cpu".
     """
     import torch
 

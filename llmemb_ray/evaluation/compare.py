@@ -13,6 +13,7 @@ from typing import Any
 from llmemb_ray.errors import InputError
 from llmemb_ray.evaluation import published
 from llmemb_ray.evaluation.record import Evaluation
+from llmemb_ray.evaluation.sts import DEV
 from llmemb_ray.evaluation.tables import table
 from llmemb_ray.evaluation.text import MANY, TEXTS, TITLES, editions
 
@@ -72,7 +73,7 @@ def compare(evaluations: Sequence[Evaluation], names: Sequence[str] | None = Non
         )
     suites = {}
     for suite in common:
-        tasks = dict.fromkeys(task for made in evaluations for task in made.suites[suite] if task != "avg")
+        tasks = dict.fromkeys(task for made in sorted(evaluations, key=lambda made: -len(made.suites[suite])) for task in made.suites[suite] if task != "avg")
         suites[suite] = [*tasks, *(["avg"] if any("avg" in made.suites[suite] for made in evaluations) else [])]
     rows = [
         Row(
@@ -93,6 +94,8 @@ def named(evaluations: Sequence[Evaluation]) -> list[str]:
     """A name for each evaluation, made of what differs between them; those that differ in nothing are numbered."""
     fields = [_fields(made) for made in evaluations]
     differing = [name for name in fields[0] if len({repr(one.get(name)) for one in fields}) > 1]
+    if "method" in differing and len({(one["method"], one.get("pooling")) for one in fields}) == len({one["method"] for one in fields}):
+        differing = [name for name in differing if name != "pooling"]  # The method tells it.
     if {"model", "method"}.isdisjoint(differing) or len(evaluations) == 1:
         differing = ["model", *differing]
     found = [", ".join(part for name in differing if (part := _part(name, one.get(name)))) or "no adapter" for one in fields]
@@ -133,7 +136,7 @@ def _notes(evaluations: Sequence[Evaluation], names: Sequence[str], suites: dict
         yield from _differing(suite, "the text", texts, names)
         for setting, default in PROTOCOL.get(suite, {}).items():
             yield from _differing(suite, setting, [str(made.settings.get(setting, default)) for made in evaluations], names)
-        tasks = [frozenset(made.suites[suite]) - {"avg"} for made in evaluations]
+        tasks = [frozenset(made.suites[suite]) - {"avg", DEV} for made in evaluations]
         if len(set(tasks)) > 1 and "avg" in suites[suite]:
             yield f"{suite}: the averages are of different tasks ({', '.join(f'{name}: {len(found)}' for name, found in zip(names, tasks, strict=True))})"
     commits: dict[str, set[str]] = {}

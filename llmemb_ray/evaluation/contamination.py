@@ -27,6 +27,9 @@ EXAMPLES = 5
 
 EXAMPLE_CHARACTERS = 200
 
+TASKS_SHOWN, EXAMPLES_SHOWN = 24, 10
+"""In a terminal: the tasks with the largest shares, and some texts."""
+
 BATCH_ROWS = 4096
 """Rows of Parquet decoded at a time."""
 
@@ -79,15 +82,22 @@ class Contamination:
 
     def lines(self) -> list[str]:
         """For a terminal: a table of the tasks, then of the training columns, then examples."""
-        tasks = [[name, f"{task.texts:,}", f"{task.distinct:,}", f"{task.found:,}", f"{task.share:.2%}"] for name, task in self.tasks.items()]
+        named = list(self.tasks.items())
+        if len(named) > TASKS_SHOWN:
+            named = sorted(named, key=lambda pair: -pair[1].share)[:TASKS_SHOWN]
+        tasks = [[name, f"{task.texts:,}", f"{task.distinct:,}", f"{task.found:,}", f"{task.share:.2%}"] for name, task in named]
         told = ["contamination: texts that stand in the training files too, ignoring case and white space"]
         told += table(["task", "texts", "distinct", "found", "share"], tasks)
+        rest = [task for name, task in self.tasks.items() if name not in dict(named)]
+        if rest:
+            found = [task.found for task in rest if task.found]
+            told.append(f"… and {len(rest):,} more tasks with smaller shares, of which {len(found):,} have {sum(found):,} texts found; all stand in the record")
         columns = [
             [posixpath.basename(column.file), column.column, f"{column.strings:,}", f"{column.matches:,}", f"{column.distinct:,}"] for column in self.columns
         ]
         told += ["", *table(["training file", "column", "strings", "matches", "distinct"], columns, words=2)]
-        examples = [f"{name}: {example!r}" for name, task in self.tasks.items() for example in task.examples[:2]]
-        return told + (["", "examples", *examples] if examples else [])
+        examples = {normal(example): f"{name}: {example!r}" for name, task in named for example in task.examples[:2]}
+        return told + (["", "examples", *list(examples.values())[:EXAMPLES_SHOWN]] if examples else [])
 
 
 def from_dict(data: Mapping[str, Any]) -> Contamination:

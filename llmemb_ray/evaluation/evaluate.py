@@ -21,7 +21,7 @@ from llmemb_ray.config import EvaluateSettings, parse_actors
 from llmemb_ray.config.evaluation import SUITES
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, InputError, RunMismatch
-from llmemb_ray.evaluation import record
+from llmemb_ray.evaluation import hub, record
 from llmemb_ray.evaluation.contamination import Contamination, check
 from llmemb_ray.evaluation.data import DataPlace
 from llmemb_ray.evaluation.mteb import tasks as mteb_tasks
@@ -68,7 +68,7 @@ def run(settings: EvaluateSettings, *, say: Say = lambda line: None) -> Evaluati
     out = output_of(settings, spec)
     storage = Storage(absolute(out), settings.access)
     earlier = _earlier(storage, settings, spec)
-    data = DataPlace.of(settings.data) if set(chosen) - set(WITHOUT_DATA) else DataPlace(Path())
+    data = _data(settings, chosen)
     on_cluster = parse_actors(settings.actors) != (0, 0)
     suites: dict[str, tuple[Suite, list[Task]]] = {}
     for name, wanted in chosen.items():
@@ -111,6 +111,13 @@ def output_of(settings: EvaluateSettings, spec: EmbedderSpec) -> str:
     return (settings.out or f"evaluation/{posixpath.basename(settings.model.rstrip('/'))}-{spec.space.digest[:8]}").rstrip("/")
 
 
+def _data(settings: EvaluateSettings, chosen: Mapping[str, list[str]]) -> DataPlace:
+    wanted = {name: tasks for name, tasks in chosen.items() if name not in WITHOUT_DATA}
+    if not wanted:
+        return DataPlace(Path())
+    return hub.place(wanted, settings.split) if settings.data == hub.HUB else DataPlace.of(settings.data)
+
+
 def suite_of(name: str) -> Suite:
     module, _, attribute = PLACES[name].partition(":")
     suite: Suite = getattr(importlib.import_module(f"llmemb_ray.evaluation.{module}"), attribute)
@@ -120,13 +127,12 @@ def suite_of(name: str) -> Suite:
 def contaminated(settings: EvaluateSettings) -> Contamination:
     """The contamination check alone, without a model. Raises ConfigError for a suite whose texts depend on a model."""
     chosen = {choose([name], SUITES, "llmemb evaluate")[0]: tasks for name, tasks in settings.suites().items()}
+    data = _data(settings, chosen)
     suites = {}
     for name, wanted in chosen.items():
         if name in WITHOUT_DATA:
             raise ConfigError(f"contamination: {name} has no texts of its own to look for; name other suites")
-        building = Building(
-            settings=settings, data=DataPlace.of(settings.data), spec=None, wanted=wanted, scratch=settings.out or "evaluation/data", on_cluster=False
-        )
+        building = Building(settings=settings, data=data, spec=None, wanted=wanted, scratch=settings.out or "evaluation/data", on_cluster=False)
         suites[name] = suite_of(name), suite_of(name).build(building)
     made = _contamination(settings, suites, {name: [task.needs() for task in tasks] for name, (_, tasks) in suites.items()})
     assert made is not None

@@ -7,6 +7,7 @@ another row; what no paper printed is absent.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -16,8 +17,8 @@ import yaml
 
 from llmemb_ray.evaluation.record import Evaluation
 
-FAMILIES = ("opt", "llama", "mistral")
-"""Told by a model's name."""
+FAMILIES = {"opt": r"(?<![a-z])opt(?![a-z])", "llama": "llama", "mistral": "mistral"}
+"""Told by a model's name, in lower case."""
 
 METHODS = {
     "prompteol": "PromptEOL, zero-shot",
@@ -113,7 +114,8 @@ def of(suite: str, method: str | None = None) -> list[Published]:
 
 def family(model: str) -> str:
     """opt, llama or mistral, where the model's name tells it, else empty."""
-    return next((name for name in FAMILIES if name in model.casefold().rstrip("/").rpartition("/")[2]), "")
+    last_name = model.lower().rstrip("/").rpartition("/")[2]
+    return next((name for name, pattern in FAMILIES.items() if re.search(pattern, last_name)), "")
 
 
 def method_of(evaluation: Evaluation) -> str:

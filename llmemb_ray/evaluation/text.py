@@ -101,11 +101,14 @@ def _further(made: Evaluation, suite: str, tasks: Sequence[str]) -> Iterator[str
     if suite != "retrieval":
         return
     parts: Mapping[str, Mapping[str, Any]] = {task: made.details.get(suite, {}).get(task, {}) for task in tasks}
-    names = list(
-        dict.fromkeys(name for found in parts.values() for name, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool))
-    )
+    numbers = {task: {name: value for name, value in parts[task].items() if isinstance(value, int | float) and not isinstance(value, bool)} for task in tasks}
+    names = [
+        name
+        for name in dict.fromkeys(name for found in numbers.values() for name in found)
+        if any(isinstance(found.get(name), float) or found.get(name) for found in numbers.values())
+    ]
     if names:
-        yield from table(["", *names], [[task, *(_number(parts[task].get(name)) for name in names)] for task in tasks])
+        yield from table(["", *names], [[task, *(_number(numbers[task].get(name)) for name in names)] for task in tasks])
 
 
 def _number(value: Any) -> str:

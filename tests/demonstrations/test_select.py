@@ -21,6 +21,7 @@ from llmemb_ray.evaluation import transfer
 from llmemb_ray.evaluation.data import DataPlace
 from llmemb_ray.representation import Demonstration, Representation, templates
 from llmemb_ray.representation.cleaning import clean
+from llmemb_ray.storage import Storage
 from tests.s3_server import S3Server
 
 WORDS = ["man", "woman", "dog", "guitar", "horse", "plays", "rides", "eats", "sees", "a", "the", "red", "fast", "slowly"]
@@ -142,7 +143,8 @@ def test_a_search_in_object_storage_goes_on(search: Callable[..., Selection], s3
     reach = {"endpoint_url": s3.endpoint_url, "storage_options": s3.storage_options}
     first = search(s3.url("search"), **reach)
     assert s3.path("search/llmemb.json").is_file()
-    s3.path("search/scores").joinpath(sorted(path.name for path in s3.path("search/scores").iterdir())[0]).unlink()
+    storage = Storage(s3.url("search"), s3.access())
+    storage.delete([storage.list("scores")[0].path])
     again = search(s3.url("search"), **reach)
     assert (again.scored, again.found) == (1, len(CANDIDATES))
     assert scores(again) == scores(first)

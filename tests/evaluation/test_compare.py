@@ -14,6 +14,9 @@ from tests.evaluation.records import STS, made
 def test_rows_are_named_by_what_differs() -> None:
     assert named([made("a/opt-1"), made("b/opt-2")]) == ["a/opt-1", "b/opt-2"]
     assert named([made(), made(method="none")]) == ["PromptEOL, zero-shot", "last token"]
+    poolings = [made(), made(method="none"), made(method="none", representation={"pooling": "mean"})]
+    assert named(poolings) == ["PromptEOL, zero-shot", "last token", "mean of the states"], "the method tells the pooling"
+    assert named([*poolings, made(representation={"pooling": "mean"})])[-1] == "PromptEOL, zero-shot, pooling mean"
     assert named([made(), made(adapter="dir/adapter")]) == ["PromptEOL, zero-shot", "fine-tuned, with dir/adapter"]
     demos = [made(method="prompteol-icl", settings={"demo": [f"A cat.=>{word}"]}) for word in ("Cat", "Animal")]
     assert named(demos) == ["facebook/opt-125m, demo 'A cat.=>Cat'", "facebook/opt-125m, demo 'A cat.=>Animal'"]
@@ -46,6 +49,11 @@ def test_columns_are_the_tasks_of_the_suites_in_common() -> None:
     written = json.loads(json.dumps(found.to_dict()))
     assert written["rows"][1]["figures"]["sts"] == {"STS12": 50.0, "STS13": 60.0, "avg": 55.0}
     assert "evaluations" not in written
+
+
+def test_the_dev_set_is_no_part_of_an_average() -> None:
+    left, right = made("a", suites={"sts": {"STS12": 40}}), made("b", suites={"sts": {"STS12": 50, "STS-B-dev": 70}})
+    assert compare([left, right]).notes == []
 
 
 def test_nothing_in_common_is_refused_and_both_sides_named() -> None:

@@ -136,3 +136,11 @@ def test_snli_in_the_sts_tasks(data: Path) -> None:
     assert found(result) == {name: (len(of_task), len({*map(bare, of_task)}), len({*map(bare, of_task)} & known)) for name, of_task in texts.items()}
     assert sum(task.found for task in result.tasks.values()) == 85
     assert {column.strings for column in result.columns} == {2954}
+
+
+def test_of_many_tasks_the_worst_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("\n".join(f"text {number}" for number in range(100)))
+    texts = {f"task {task}": [f"text {number}" for number in range(100 - task, 200 - task)] for task in range(40)}
+    shown = check([str(tmp_path / "train.txt")], texts).lines()
+    assert [line.split()[1] for line in shown if line.startswith("task ") and "%" in line] == [str(task) for task in range(39, 15, -1)]
+    assert f"… and 16 more tasks with smaller shares, of which 15 have {sum(range(16))} texts found; all stand in the record" in shown

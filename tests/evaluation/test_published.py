@@ -109,3 +109,8 @@ def test_what_was_recalled_is_marked() -> None:
     row = nearest(made(), "sts")
     assert row is not None
     assert [published.shown(row.figure(task), approximate=row.is_approximate(task)) for task in ("STS12", "avg", "nothing")] == ["≈59.90", "67.00", "–"]
+
+
+def test_the_family_is_told_by_the_last_name() -> None:
+    names = {"facebook/opt-125m": "opt", "/llama/opt_6.7b/": "opt", "x/TinyLlama-1B": "llama", "x/e5-mistral-7b": "mistral", "x/optimus": "", "opt/gpt2": ""}
+    assert {name: published.family(name) for name in names} == names

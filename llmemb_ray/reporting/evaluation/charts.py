@@ -119,7 +119,7 @@ def _languages(figures: Mapping[str, Mapping[str, float]]) -> Any:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         margin={"l": 56, "r": 16, "t": 40, "b": 64},
         bargap=0.15,
-        xaxis={"type": "category", "tickfont": {"size": 9}, "tickangle": -90, "automargin": True, "dtick": 1},
+        xaxis={"type": "category", "tickfont": {"size": 9}, "tickangle": -90, "automargin": True, "dtick": 1, "showgrid": False},
         yaxis={"title": {"text": "accuracy × 100"}, "range": [0, 100], "automargin": True},
     )
     for name, of_row in figures.items():
