@@ -28,7 +28,7 @@ from llmemb_ray.config import (
     StorageSettings,
     VerifySettings,
 )
-from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError
+from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError, RunFailed
 from llmemb_ray.options import command
 
 click.rich_click.TEXT_MARKUP = None
@@ -224,6 +224,8 @@ def evaluate(settings: EvaluateSettings, as_json: bool) -> None:
     page.write(made, Storage(absolute(out), settings.access))
     click.echo(json.dumps(shown, indent=1, ensure_ascii=False) if as_json else "\n".join(lines))
     click.echo(f"{out}/{page.NAME} is the page; open it in a browser", err=True)
+    if made.failed:
+        raise RunFailed(f"{len(made.failed)} of the study's evaluations failed: {', '.join(made.failed)}; the same command tries them again")
 
 
 @llmemb.group()

@@ -110,8 +110,9 @@ class _Side:
         rows, width = features.shape
         self.torch, self.fits, self.classes, self.seed, self.device = torch, fits, classes, seed, device
         self.width, self.strengths = width + 1, len(fits[0].strengths) if fits else 0
-        self.features = torch.ones(rows, width + 1, device=device)
-        self.features[:, :width] = torch.from_numpy(features)
+        with_ones = np.ones((rows, width + 1), np.float32)
+        with_ones[:, :width] = features
+        self.features = torch.from_numpy(with_ones).to(device)
         self.labels = torch.from_numpy(np.asarray(labels, np.int64)).to(device)
         self.targets = torch.nn.functional.one_hot(self.labels, classes).float()
         self.initial = self._initial().to(device)

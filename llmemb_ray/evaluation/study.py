@@ -23,7 +23,7 @@ from llmemb_ray.errors import ConfigError, LlmembError, NotFound, RunFailed
 from llmemb_ray.evaluation import record
 from llmemb_ray.evaluation.compare import Comparison, compare
 from llmemb_ray.evaluation.record import Evaluation
-from llmemb_ray.storage import Storage, absolute, locate, redact
+from llmemb_ray.storage import Access, Storage, absolute, locate, redact
 from llmemb_ray.written import masked, parse_yaml
 
 FIELDS = ("models", "variants", "suite", "settings", "about")
@@ -74,7 +74,7 @@ class Study:
 
 def load(path: str, settings: EvaluateSettings | None = None) -> Study:
     """Reads a study, local or from a URL. Raises ConfigError naming what is wrong in it."""
-    storage, name = locate(absolute(path), settings.access if settings else EvaluateSettings(compare=True, runs=["-"]).access)
+    storage, name = locate(absolute(path), settings.access if settings else Access())
     try:
         data = parse_yaml(storage.read(name).decode())
     except NotFound as error:
