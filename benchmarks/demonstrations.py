@@ -120,7 +120,9 @@ def main() -> None:
                 "out": chosen.keep or f"{scratch}/search",
             }
         )
-        prompts = list(dict.fromkeys((Demonstration(record["sentence"], record["word"]),) for record in map(json.loads, lines)))
+        prompts: list[tuple[Demonstration, ...]] = list(
+            dict.fromkeys((Demonstration(record["sentence"], record["word"]),) for record in map(json.loads, lines))
+        )
         record = {"threads": THREADS, "load_average": [round(one, 1) for one in os.getloadavg()]}
         record |= {"sharing": sharing(settings, prompts[:: chosen.sharing_every])} | search(settings, prompts)
     print(json.dumps({name: value for name, value in record.items() if name not in ("best", "worst")}, indent=1))

@@ -8,11 +8,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmemb_ray.engines import OWNED_ENGINE_ARGS, TITLES, Quantization, refusals
-from llmemb_ray.errors import ConfigError
+from llmemb_ray.errors import ConfigError, NotFound
 from llmemb_ray.representation.cleaning import Cleaning
-from llmemb_ray.representation.representation import Pooling, Representation, Role, preset
+from llmemb_ray.representation.representation import FILE_NAME, Pooling, Representation, Role, preset
 from llmemb_ray.representation.templates import Demonstration
-from llmemb_ray.storage import Access
+from llmemb_ray.storage import Access, locate, redact
 
 
 def setting(default: Any, help: str, *, panel: str, ge: float | None = None, gt: float | None = None, le: float | None = None, **extra: Any) -> Any:
@@ -76,7 +76,7 @@ class ModelSettings(StorageSettings):
     trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
     allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Model")
 
-    representation: str | None = setting(None, "File llmemb.json, or a directory with one; options given beside it win.", panel="Representation")
+    representation: str | None = setting(None, "File llmemb.json, or a directory or URL prefix with one; options given beside it win.", panel="Representation")
     prompt: str = setting("prompteol", "prompteol, prompteol-icl, e5, none, or a template with {text}.", panel="Representation")
     demo: list[str] = setting([], "Demonstration 'sentence=>Word' for prompteol-icl; repeatable.", panel="Representation")
     instruction: str | None = setting(None, "Task instruction for prompt e5; applies to the role embedded.", panel="Representation")
@@ -142,7 +142,7 @@ class ModelSettings(StorageSettings):
         given = self.model_fields_set
         values: dict[str, Any] = {}
         if self.representation is not None:
-            base = Representation.load(self.representation)
+            base = self._stored_representation(self.representation)
             values = {name: getattr(base, name) for name in Representation.__dataclass_fields__}
         if self.representation is None or given & self._PROMPT_FIELDS:
             demonstrations = tuple(Demonstration.parse(demo) for demo in self.demo)
@@ -155,6 +155,16 @@ class ModelSettings(StorageSettings):
         if self.append_eos is not None:
             values["append_eos"] = self.append_eos
         return Representation(**values)
+
+    def _stored_representation(self, place: str) -> Representation:
+        if "://" not in place:
+            return Representation.load(place)
+        url = place if place.endswith(".json") else f"{place.rstrip('/')}/{FILE_NAME}"
+        storage, name = locate(url, self.access)
+        try:
+            return Representation.parse(storage.read(name), redact(url))
+        except NotFound as error:
+            raise ConfigError(f"representation {redact(url)} is not there") from error
 
 
 class ClusterSettings(ModelSettings):

@@ -10,6 +10,7 @@ keeps the parameters of the test setting, where SentEval's quick setting also tr
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from llmemb_ray.evaluation.data import SENTEVAL, DataPlace, read_lines
 from llmemb_ray.evaluation.suite import Building, Need, Score, Suite, Texts, choose
 
 NOTHING = "."
-"""Stands for a line without words (CR has four, MPQA three), which is no text to embed; SentEval's own examples do the same."""
+"""Stands for a line without words (CR has four, MPQA three), which is no text to embed."""
 
 Protocol: TypeAlias = Literal["nested", "cross", "split"]
 """nested: each outer fold is tested by a classifier whose strength the inner folds of the others chose; cross: the folds of train choose, test is
@@ -210,16 +211,30 @@ class TransferTask:
         return function(features, labels, fits, classes=len(self.kind.words), seed=self.seed)
 
     def folded(self, labels: Rows, rows: Rows) -> list[tuple[Rows, Rows]]:
-        """Stratified folds of some rows, as (train, held out). Raises ConfigError where a class has fewer rows than there are folds."""
+        """Stratified folds of some rows, as (train, held out). A label with fewer rows than there are folds is missing in some, as in SentEval.
+
+        Raises ConfigError where that is so of every label.
+        """
         from sklearn.model_selection import StratifiedKFold
 
-        fewest = int(np.bincount(labels[rows], minlength=len(self.kind.words)).min())
-        if fewest < self.folds:
+        most = int(np.bincount(labels[rows]).max(initial=0))
+        if most < self.folds:
             raise ConfigError(
-                f"folds: {self.folds} are too many for transfer:{self.name}, whose rarest label has {fewest} rows to fold; at most {max(2, fewest)}"
+                f"folds: {self.folds} are too many for the {len(rows)} rows of transfer:{self.name} that are to be folded: "
+                f"its most frequent label has {most} of them; give fewer folds or more rows"
             )
         splitter = StratifiedKFold(n_splits=self.folds, shuffle=True, random_state=self.seed)
-        return [(rows[train], rows[held]) for train, held in splitter.split(np.zeros(len(rows)), labels[rows])]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+            return [(rows[train], rows[held]) for train, held in splitter.split(np.zeros(len(rows)), labels[rows])]
+
+    def check(self) -> None:
+        """Raises ConfigError, before anything is embedded, where the rows are too few for the folds."""
+        labels = _labels(self.rows)
+        if self.kind.protocol == "nested":
+            self.folded(labels, self.folded(labels, np.arange(len(labels)))[0][0])
+        elif self.kind.protocol == "cross":
+            self.folded(labels, self._range("train"))
 
     def choose(self, fitted: Sequence[Fitted]) -> tuple[int, float]:
         """Index of the strength with the best mean accuracy × 100, to two decimals; of equal ones the first. And that accuracy."""
@@ -323,10 +338,12 @@ class DevelopmentTask:
 
 
 def load(name: str, data: DataPlace, *, classifier: Literal["senteval", "sklearn"] = "senteval", folds: int = 10, seed: int = 1111) -> TransferTask:
-    """One task with its data read; any case of its name will do. Raises ConfigError for another name, InputError for data that are missing or malformed."""
+    """One task with its data read; any case of its name will do.
+
+    Raises ConfigError for another name and for more folds than its rows allow, InputError for data that are missing or malformed."""
     kind = KINDS[choose([name], KINDS, "transfer")[0]]
     splits = kind.splits(data)
-    return TransferTask(
+    task = TransferTask(
         kind=kind,
         rows=[row for split in splits.values() for row in split.rows],
         splits={split: len(read.rows) for split, read in splits.items()},
@@ -335,6 +352,8 @@ def load(name: str, data: DataPlace, *, classifier: Literal["senteval", "sklearn
         folds=folds,
         seed=seed,
     )
+    task.check()
+    return task
 
 
 def _build(building: Building) -> list[Any]:

@@ -93,14 +93,20 @@ class Representation:
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_bytes(), str(path))
         except OSError as error:
             raise ConfigError(f"representation {path}: {error.strerror}") from error
+
+    @classmethod
+    def parse(cls, text: bytes, origin: str) -> Representation:
+        """The representation in the text of a ``llmemb.json``. Raises ConfigError naming ``origin``."""
+        try:
+            data = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"representation {path} is not JSON: {error}") from error
+            raise ConfigError(f"representation {origin} is not JSON: {error}") from error
         if not isinstance(data, dict):
-            raise ConfigError(f"representation {path} is not a JSON object")
-        return cls.from_dict(data, origin=str(path))
+            raise ConfigError(f"representation {origin} is not a JSON object")
+        return cls.from_dict(data, origin=origin)
 
 
 def preset(

@@ -81,7 +81,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_stand_in_the_order_of_senteval_with_single_spaces(tmp_path: Path) -> None:
     write(tmp_path / "CR/custrev.pos", "three  words\there\none\n\ntwo words\n", "latin-1")
     write(tmp_path / "CR/custrev.neg", "caf\xe9\nnot two\n", "latin-1")
-    task = load("cr", DataPlace(tmp_path))
+    task = load("cr", DataPlace(tmp_path), folds=2)
     assert [(row.text, row.label) for row in task.rows] == [(".", 1), ("café", 0), ("one", 1), ("not two", 0), ("two words", 1), ("three words here", 1)]
     assert task.empty == 1
 
@@ -90,7 +90,7 @@ def test_pairs_stand_in_the_order_of_both_lengths_and_the_label(tmp_path: Path) 
     rows = ["1\t1\t2\ta b\tc", "1\t1\t2\ta\tb c", "0\t1\t2\ta\td e", '1\t1\t2\t"x\tz"']
     for split in ("train", "test"):
         write(tmp_path / f"MRPC/msr_paraphrase_{split}.txt", "titles\n" + "".join(f"{row}\n" for row in rows))
-    task = load("MRPC", DataPlace(tmp_path))
+    task = load("MRPC", DataPlace(tmp_path), folds=2)
     assert [(row.text, row.pair, row.label) for row in task.rows[:4]] == [('"x', 'z"', 1), ("a", "d e", 0), ("a", "b c", 1), ("a b", "c", 1)]
     one, other = task.needs()
     assert (one.texts[3], other.texts[3]) == ("a b", "c")  # type: ignore[union-attr]
@@ -131,8 +131,10 @@ def test_data_that_are_not_there_and_tasks_that_do_not_exist(tmp_path: Path, sma
         load("SUBJ", DataPlace(tmp_path))
     with pytest.raises(ConfigError, match="no task 'MRP'; nearest: MR"):
         load("MRP", DataPlace(small))
-    with pytest.raises(ConfigError, match="folds: 21 are too many for transfer:TREC, whose rarest label has 20 rows to fold; at most 20"):
-        load("TREC", DataPlace(small), folds=21).score([vectors(load("TREC", DataPlace(small)))])
+    with pytest.raises(ConfigError, match="folds: 21 are too many for the 120 rows of transfer:TREC that are to be folded: its most frequent label has 20"):
+        load("TREC", DataPlace(small), folds=21)
+    with pytest.raises(ConfigError, match=r"folds: 70 are too many for the 128 rows of transfer:MR .* label has 69"):
+        load("MR", DataPlace(small), folds=70)
 
 
 def vectors(task: TransferTask, seed: int = 0) -> Floats:
@@ -234,12 +236,22 @@ def test_development_data_hold_no_test_row(small: Path) -> None:
     )
 
 
-def test_a_sample_of_the_development_data_keeps_the_share_of_each_label(small: Path) -> None:
+def test_a_sample_of_the_development_data_keeps_the_share_of_each_label_and_lies_in_every_larger_one(small: Path) -> None:
     development = load("TREC", DataPlace(small)).development(60)
+    assert {row.text for row in load("TREC", DataPlace(small)).development(30).task.rows} <= {row.text for row in development.task.rows}
     assert development.task.splits == {"train": 60}
     assert np.bincount([row.label for row in development.task.rows]).tolist() == [10] * 6
     assert load("SST2", DataPlace(small)).development(30).task.splits == {"train": 30, "dev": 30}
     assert load("SST2", DataPlace(small)).development(1000).task.splits == {"train": 150, "dev": 40}
+
+
+def test_a_label_with_fewer_rows_than_folds_is_missing_in_some(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for file in ("train_5500.label", "TREC_10.label"):
+        write(tmp_path / "TREC" / file, "ABBR:x one\n" * 2 + "LOC:x two three\n" * 30 + "NUM:x four five six\n" * 30)
+    task = load("TREC", DataPlace(tmp_path), classifier="sklearn", folds=5)
+    apart = np.array([[row.label == 0, row.label == 4, row.label == 5] for row in task.rows], np.float32) * 9
+    assert task.score([apart]).main == 100
+    assert not [warning for warning in recwarn if "least populated" in str(warning.message)]
 
 
 def test_labels_become_words(small: Path, data: Path) -> None:
