@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import llmemb_ray
+from llmemb_ray.config import EvaluateSettings
+from llmemb_ray.evaluation import evaluate, record
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
@@ -85,6 +87,22 @@ def test_the_job_runs_on_vllm(cluster: RayCluster, s3: S3Server, tmp_path: Path)
     assert max(float(np.abs(ours[row] - plain[row]).max()) for row in range(300)) <= 1e-5
     assert run.receipt is not None
     assert run.receipt.backends == {"vllm": 12}
+
+
+def test_a_model_is_evaluated_on_the_cluster(cluster: RayCluster, s3: S3Server, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "STSBenchmark" / "sts-test.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"g\tf\ty\t{row}\t{row % 6}\ta man number {row}\ta boy number {row * 7 % 50}\n" for row in range(50)))
+    arguments = ["--model", str(model), "--suite", "sts:STS-B", "--data", str(tmp_path / "data")]
+    done = submit(cluster, s3, *arguments, "--out", s3.url("evaluation"), "--actors", "2", "--cpus-per-actor", "1", job="evaluate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = record.load(s3.url("evaluation"), s3.access())
+    here = evaluate.run(
+        EvaluateSettings.make({"model": str(model), "suite": ["sts:STS-B"], "data": str(path.parents[1]), "out": str(tmp_path / "out"), "actors": "0"})
+    )
+    assert made.suites["sts"] == pytest.approx(here.suites["sts"], abs=0.01)
+    assert made.counts == here.counts
+    assert Storage(s3.url("evaluation"), s3.access()).exists("evaluation.html")
 
 
 def test_a_failing_job_fails_in_plain_words(cluster: RayCluster, s3: S3Server, model: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from llmemb_ray.config import EvaluateSettings, parse_actors
 from llmemb_ray.config.evaluation import SUITES
+from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, InputError, RunMismatch
 from llmemb_ray.evaluation import hub, record
@@ -201,7 +202,8 @@ def _record(
     if vectors.runs:
         engine = Run(Storage(absolute(vectors.runs[0]), settings.access)).plan.engine
     else:
-        engine = {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization}
+        here = spec.on(models.default_device() == "cuda")
+        engine = {"backend": here.backend, "compute_dtype": here.compute_dtype, "quantization": here.quantization}
     counts = {"texts": vectors.counts.wanted, "texts_embedded": vectors.counts.distinct, "tokens": vectors.counts.tokens}
     return Evaluation(
         model=settings.model,
