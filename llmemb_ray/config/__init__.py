@@ -5,13 +5,14 @@ calls all end in these models; the command line's options are made from their fi
 no ray, no transformers.
 """
 
-from llmemb_ray.config.base import ClusterSettings, ModelSettings, Settings, StorageSettings, parse_actors, setting
+from llmemb_ray.config.base import ActorSettings, ClusterSettings, ModelSettings, Settings, StorageSettings, parse_actors, setting
 from llmemb_ray.config.demonstrations import DemosBuildSettings, DemosSelectSettings
 from llmemb_ray.config.embedding import EmbedSettings, ParitySettings, PlanSettings, is_duration, parse_deadline, parse_utilization
 from llmemb_ray.config.evaluation import EvaluateSettings
 from llmemb_ray.config.readers import ExportSettings, ReportSettings, SearchSettings, VerifySettings
 
 __all__ = [
+    "ActorSettings",
     "ClusterSettings",
     "DemosBuildSettings",
     "DemosSelectSettings",

@@ -167,18 +167,14 @@ class ModelSettings(StorageSettings):
             raise ConfigError(f"representation {redact(url)} is not there") from error
 
 
-class ClusterSettings(ModelSettings):
-    """Actors that hold the model, on a Ray cluster or in this process."""
+class ActorSettings(StorageSettings):
+    """Actors that hold a model, on a Ray cluster or in this process."""
 
     actors: str = setting(
         "auto", "Actors that hold a model: N, MIN:MAX, auto (all GPUs, or a few per CPU node), or 0 for this process without Ray.", panel="Cluster"
     )
     gpus_per_actor: float | None = setting(None, "GPUs of an actor; default 1 where the cluster has GPUs, else 0.", panel="Cluster", ge=0)
     cpus_per_actor: float | None = setting(None, "CPU cores of an actor; default: most of a CPU node, at most 8.", panel="Cluster", gt=0)
-    max_attempts: int = setting(3, "Attempts at a unit whose actor dies before it is halved to find the row at fault.", panel="Cluster", ge=1)
-    retry_wait: float = setting(
-        1.0, "Seconds before a unit whose actor died is tried again; twice as long after each further death, at most 60.", panel="Cluster", ge=0
-    )
     ray_address: str | None = setting(None, "Ray cluster; default: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster")
 
     @field_validator("actors", mode="before")
@@ -186,9 +182,23 @@ class ClusterSettings(ModelSettings):
     def _number_of_actors(cls, value: Any) -> Any:
         return str(value) if type(value) is int else value
 
+    @field_validator("actors")
+    @classmethod
+    def _check_actors(cls, value: str) -> str:
+        parse_actors(value)
+        return value
+
+
+class ClusterSettings(ModelSettings, ActorSettings):
+    """Embedders in actors."""
+
+    max_attempts: int = setting(3, "Attempts at a unit whose actor dies before it is halved to find the row at fault.", panel="Cluster", ge=1)
+    retry_wait: float = setting(
+        1.0, "Seconds before a unit whose actor died is tried again; twice as long after each further death, at most 60.", panel="Cluster", ge=0
+    )
+
     @model_validator(mode="after")
-    def _check_actors(self) -> Self:
-        parse_actors(self.actors)
+    def _check_gpus(self) -> Self:
         if self.tensor_parallel > 1 and self.gpus_per_actor not in (None, 0, self.tensor_parallel):
             raise ValueError(f"gpus_per_actor: tensor_parallel={self.tensor_parallel} takes as many GPUs for an actor; leave gpus_per_actor out")
         if self.backend == "vllm" and (self.gpus_per_actor or 0) > self.tensor_parallel:
@@ -204,7 +214,7 @@ def parse_actors(text: str) -> tuple[int, int] | None:
         low, _, high = text.partition(":")
         least, most = int(low), int(high or low)
     except ValueError:
-        raise ValueError(f"actors: {text!r} is none of auto, 0, N, MIN:MAX") from None
+        raise ValueError(f"{text!r} is none of auto, 0, N, MIN:MAX") from None
     if least < 0 or most < least or (most > 0 and least == 0):
-        raise ValueError(f"actors: {text!r} must be 0, N or MIN:MAX with 1 ≤ MIN ≤ MAX")
+        raise ValueError(f"{text!r} must be 0, N or MIN:MAX with 1 ≤ MIN ≤ MAX")
     return least, most

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from llmemb_ray.config.base import ClusterSettings, StorageSettings, parse_actors, setting
+from llmemb_ray.config.base import ActorSettings, ClusterSettings, setting
 from llmemb_ray.representation.cleaning import Cleaning
 
 TRANSFER = "transfer:"
 """Begins the name of what demonstrations are chosen for, where that is a transfer task."""
 
 
-class DemosBuildSettings(StorageSettings):
+class DemosBuildSettings(ActorSettings):
     """Candidates of demonstrations: sentences summed up in one word by an LLM, and words with their definitions."""
 
     out: str = setting(..., "JSON lines to write: sentence, word, source; local or URL.", panel="Candidates", argument=True)
@@ -58,21 +58,8 @@ class DemosBuildSettings(StorageSettings):
     trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
     allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Model")
 
-    actors: str = setting(
-        "auto", "Actors that hold the model: N, MIN:MAX, auto (all GPUs, or a few per CPU node), or 0 for this process without Ray.", panel="Cluster"
-    )
-    gpus_per_actor: float | None = setting(None, "GPUs of an actor; default 1 where the cluster has GPUs, else 0.", panel="Cluster", ge=0)
-    cpus_per_actor: float | None = setting(None, "CPU cores of an actor; default: most of a CPU node, at most 8.", panel="Cluster", gt=0)
-    ray_address: str | None = setting(None, "Ray cluster; default: RAY_ADDRESS, else a Ray of its own on this machine.", panel="Cluster")
-
-    @field_validator("actors", mode="before")
-    @classmethod
-    def _number_of_actors(cls, value: Any) -> Any:
-        return str(value) if type(value) is int else value
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        parse_actors(self.actors)
         if not self.sentences and not self.dictionary:
             raise ValueError("sentences or dictionary must be given: candidates are made of sentences that an LLM sums up, or of words with definitions")
         if self.append and self.overwrite:
