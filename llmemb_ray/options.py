@@ -37,17 +37,12 @@ def options_of(settings: type[Settings]) -> Decorator:
     return decorate
 
 
-def flag_of(name: str) -> str:
-    """The option of a field; one whose name would be a word of Python's ends in a line."""
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
 def _parameter(name: str, field: Any) -> Decorator:
     extra = _extra(field)
     many = get_origin(field.annotation) is list
     if extra.get("argument"):
         return click.argument(name, nargs=-1 if many else 1, required=False, metavar=name.upper() + ("..." if many else ""))
-    flag = flag_of(name)
+    flag = written.flag_of(name)
     help_ = field.description
     kind = field.annotation
     choices = get_args(kind) if get_origin(kind) is Literal else ()
@@ -137,7 +132,7 @@ def command(group: click.RichGroup, name: str, settings: type[Settings]) -> Call
         for field_name, field in settings.model_fields.items():
             extra = _extra(field)
             if not extra.get("argument"):
-                names = [f"--{choice}" for choice in get_args(field.annotation)] if extra.get("flags") else [flag_of(field_name)]
+                names = [f"--{choice}" for choice in get_args(field.annotation)] if extra.get("flags") else [written.flag_of(field_name)]
                 panels.setdefault(str(extra.get("panel")), []).extend(names)
         panels["General"] = ["--config", "--set", "--print-config", "--json", "--help"]
         place = "llmemb" if group.name in (None, "llmemb") else f"llmemb {group.name}"

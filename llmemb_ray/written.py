@@ -92,6 +92,11 @@ def _without_secrets(value: Any, name: str = "") -> Any:
     return _redacted(value)
 
 
+def flag_of(name: str) -> str:
+    """The option of a setting; the name of one that would be a word of Python's ends in a line."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
 def command_line(settings: Settings, command: str = "embed") -> str:
     """The command that continues a job with these settings: without overwrite, a deadline that has passed, and storage options."""
     left_out = {"overwrite", "storage_options"}
@@ -109,7 +114,7 @@ def command_line(settings: Settings, command: str = "embed") -> str:
         value = getattr(settings, name)
         if name in left_out or name not in settings.model_fields_set or value == field.get_default(call_default_factory=True):
             continue
-        flag = "--" + name.rstrip("_").replace("_", "-")
+        flag = flag_of(name)
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")

@@ -189,7 +189,7 @@ class ActorSettings(StorageSettings):
         return value
 
 
-class ClusterSettings(ModelSettings, ActorSettings):
+class ClusterSettings(ActorSettings, ModelSettings):
     """Embedders in actors."""
 
     max_attempts: int = setting(3, "Attempts at a unit whose actor dies before it is halved to find the row at fault.", panel="Cluster", ge=1)

@@ -13,6 +13,10 @@ TRANSFER = "transfer:"
 """Begins the name of what demonstrations are chosen for, where that is a transfer task."""
 
 
+STSB_TRAIN = ("stsb-train", "stsb-train-senteval")
+"""Sentences that need no file: STS-B's training pairs as they were written, and lower-cased and tokenised."""
+
+
 class DemosBuildSettings(ActorSettings):
     """Candidates of demonstrations: sentences summed up in one word by an LLM, and words with their definitions."""
 
@@ -68,10 +72,21 @@ class DemosBuildSettings(ActorSettings):
             raise ValueError("llm or model, one of them, must be given: the model of an endpoint, or one to load, that sums up the sentences")
         if not self.sentences and (self.llm or self.model):
             raise ValueError("llm and model sum up sentences; give sentences, or leave them out")
-        if self.llm is None and self.model_fields_set & {"base_url", "concurrency", "retries", "request_timeout", "temperature"}:
-            raise ValueError("base_url, concurrency, retries, request_timeout and temperature are for an endpoint; they do nothing without llm")
-        if self.model is None and self.model_fields_set & {"revision", "asking", "compute_dtype", "actors", "gpus_per_actor", "cpus_per_actor", "ray_address"}:
-            raise ValueError("revision, asking, compute_dtype and the settings of actors are for a model that is loaded; they do nothing without model")
+        asking = {"base_url", "concurrency", "retries", "request_timeout", "temperature"}
+        if self.llm is None and self.model_fields_set & asking:
+            raise ValueError(f"{_named(self.model_fields_set & asking)}: for an endpoint; does nothing without llm")
+        loading = {"revision", "asking", "compute_dtype", "trust_remote_code", "allow_pickle", "actors", "gpus_per_actor", "cpus_per_actor", "ray_address"}
+        if self.model is None and self.model_fields_set & loading:
+            raise ValueError(f"{_named(self.model_fields_set & loading)}: for a model that is loaded; does nothing without model")
+        if not self.sentences and (ignored := self.model_fields_set & {"sentence_column", "count", "data", "max_new_tokens"}):
+            raise ValueError(f"{_named(ignored)}: for sentences that an LLM sums up; does nothing with a dictionary alone")
+        if not self.dictionary and "dictionary_count" in self.model_fields_set:
+            raise ValueError("dictionary_count: does nothing without a dictionary; count is for sentences")
+        of_stsb = [name in STSB_TRAIN for name in self.sentences]
+        if self.sentence_column is not None and all(of_stsb):
+            raise ValueError(f"sentence_column: {' and '.join(self.sentences)} have columns of their own; leave it out")
+        if self.data is not None and not any(of_stsb):
+            raise ValueError(f"data: only {' and '.join(STSB_TRAIN)} are looked for there; leave it out")
         return self
 
     def cluster(self) -> ClusterSettings:
@@ -114,10 +129,22 @@ class DemosSelectSettings(ClusterSettings):
             ignored = self.model_fields_set & {"draws", "examples", "folds", "classifier"}
         else:
             ignored = self.model_fields_set & {"candidates", "raw", "beam"}
+            if self.transfer_task.casefold() == "sst2":  # It has a dev split.
+                ignored |= self.model_fields_set & {"folds"}
         if ignored:
             raise ValueError(f"{', '.join(sorted(ignored))}: not used with for {self.for_}; leave out")
+        if "role" in self.model_fields_set:
+            raise ValueError("role: demonstrations are chosen for both roles at once; leave out")
+        if "beam" in self.model_fields_set and self.demos_per_prompt == 1:
+            raise ValueError("beam: does nothing with one demonstration in a prompt; leave it out, or set demos_per_prompt")
+        if "halving_first" in self.model_fields_set and not self.halving:
+            raise ValueError("halving_first: does nothing without halving; leave it out, or set halving")
         return self
 
     @property
     def transfer_task(self) -> str | None:
         return self.for_.removeprefix(TRANSFER) if self.for_.startswith(TRANSFER) else None
+
+
+def _named(settings: set[str]) -> str:
+    return ", ".join(sorted(settings))

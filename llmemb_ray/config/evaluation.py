@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
 from llmemb_ray.config.base import ClusterSettings, setting
+from llmemb_ray.errors import ConfigError
 
 SUITES = ("sts", "sts-raw", "transfer", "retrieval", "bitext", "passkey", "mteb")
 
@@ -55,6 +57,9 @@ class EvaluateSettings(ClusterSettings):
         if self.compare:
             if not self.runs:
                 raise ValueError("compare: name the directories of evaluations: llmemb evaluate --compare RUN RUN …")
+            ignored = sorted(self.model_fields_set - {"compare", "runs", "out", "endpoint_url", "storage_options", "storage_retry_seconds"})
+            if ignored:
+                raise ValueError(f"compare: nothing is evaluated, so that {', '.join(ignored)} would do nothing; leave out")
             return self
         if self.runs:
             raise ValueError(f"runs: {self.runs[0]!r} is compared only with --compare; else give --model and --suite")
@@ -71,9 +76,15 @@ class EvaluateSettings(ClusterSettings):
         return self
 
     def suites(self) -> dict[str, list[str]]:
-        """Task names by suite, in the order asked for; an empty list means all. Raises ValueError."""
+        """Task names by suite, in the order asked for; an empty list means all. Raises ConfigError for a suite that does not exist."""
         chosen: dict[str, list[str]] = {}
         for text in self.suite:
-            name, colon, tasks = text.partition(":")
-            chosen.setdefault(name, []).extend(task.strip() for task in tasks.split(",") if colon and task.strip())
+            asked, _, tasks = text.partition(":")
+            name = asked.strip().lower()
+            if name not in SUITES:
+                near = difflib.get_close_matches(name, SUITES, n=2, cutoff=0.4)
+                raise ConfigError(f"suite: there is no suite {asked!r}" + (f"; nearest: {', '.join(near)}" if near else "") + f" (suites: {', '.join(SUITES)})")
+            wanted = [task.strip() for task in tasks.split(",") if task.strip()]
+            earlier = chosen.get(name)
+            chosen[name] = [] if not wanted or earlier == [] else [*(earlier or []), *wanted]
         return chosen

@@ -1,12 +1,11 @@
 """Making candidates of demonstrations: samples sentences, asks for their words, samples dictionaries, writes one file.
 
-Invariant: OUT is written once, at the end, whole. Answers are kept in OUT's .answers.jsonl as they come, so that a killed build
-goes on, and what was dropped stands in OUT's .rejects.jsonl with its reason.
+Invariant: OUT is written once, at the end, whole. Answers are kept in OUT.answers.jsonl as they come, so that a killed build
+goes on, and what was dropped stands in OUT.rejects.jsonl with its reason, for as long as OUT has no word for the sentence.
 """
 
 from __future__ import annotations
 
-import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ from llmemb_ray.config import parse_actors
 from llmemb_ray.config.demonstrations import DemosBuildSettings
 from llmemb_ray.demonstrations import summaries, words
 from llmemb_ray.demonstrations.answers import Answers
-from llmemb_ray.demonstrations.candidates import Candidate, json_lines, read_candidates, unique, write_candidates
+from llmemb_ray.demonstrations.candidates import Candidate, json_lines, json_object, numbered_lines, read_candidates, unique, write_candidates
 from llmemb_ray.demonstrations.dictionary import read_dictionary
 from llmemb_ray.demonstrations.sentences import Sentences, read_sentences, sample
 from llmemb_ray.errors import InputError, OutputError, RunFailed
 from llmemb_ray.generation.endpoint import Endpoint
 from llmemb_ray.generation.generator import Answer, Generator
 from llmemb_ray.generation.local import LocalGenerator, LocalSpec
-from llmemb_ray.storage import absolute, locate
+from llmemb_ray.storage import absolute, locate, redact
 
 Say = Callable[[str], None]
 
@@ -53,7 +52,7 @@ class Built:
     passed_over: int = 0
     """Entries of the dictionaries that are several words or have no definition."""
     rejects: str | None = None
-    """The file of dropped answers."""
+    """The file of dropped answers, with those of earlier builds that ``append`` adds to."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,10 +81,11 @@ def build(settings: DemosBuildSettings, say: Say = lambda _: None) -> Built:
     """Makes the candidates that the settings describe and writes them to OUT.
 
     say: told of the progress. Raises ConfigError, InputError, ModelError, OutputError or StorageError, and RunFailed where
-    sentences stay unanswered; the same command then goes on.
+    sentences stay unanswered (the same command then goes on), or where no answer is a word: what came from elsewhere is then written.
     """
     out = absolute(settings.out)
     earlier = _earlier(settings, out)
+    rejected = _earlier_rejects(settings, _beside(out, "rejects"))
     pooled = [read_sentences(name, data=settings.data, column=settings.sentence_column, access=settings.access) for name in settings.sentences]
     read = [read_dictionary(name, settings.access) for name in settings.dictionary]
     sources: dict[str, str] = {}
@@ -102,17 +102,21 @@ def build(settings: DemosBuildSettings, say: Say = lambda _: None) -> Built:
     summed_up, rejects = _summed_up(list(sources.items()), settings, out, say, facts) if sources else ([], [])
     made = [*earlier, *summed_up, *defined]
     candidates = unique(made)
+    with_word = {candidate.sentence for candidate in candidates}
+    rejected = {sentence: reject for sentence, reject in rejected.items() if sentence not in with_word} | {reject["sentence"]: reject for reject in rejects}
     rejects_url = _beside(out, "rejects")
     storage, name = locate(rejects_url, settings.access)
-    if rejects:
-        storage.put(name, json_lines(rejects))
+    if rejected:
+        storage.put(name, json_lines(rejected.values()))
     else:
         storage.delete([name])
     dropped = dict(Counter(str(reject["reason"]).split(":")[0] for reject in rejects).most_common())
-    if not candidates:
+    if candidates:
+        write_candidates(out, candidates, settings.access)
+    if sources and not summed_up:
+        written = f"{redact(out)} holds only the {len(candidates):,} candidates from elsewhere" if candidates else f"{redact(out)} is not written"
         way_out = "raise max_new_tokens" if "cut off" in dropped else "ask another model"
-        raise RunFailed(f"none of {len(sources):,} answers is one word ({_counts(dropped)}), see {rejects_url}; {out} is not written, {way_out}")
-    write_candidates(out, candidates, settings.access)
+        raise RunFailed(f"none of {len(sources):,} answers is one word ({_counts(dropped)}), see {redact(rejects_url)}; {written}; {way_out}")
     return Built(
         out=out,
         candidates=len(candidates),
@@ -123,13 +127,13 @@ def build(settings: DemosBuildSettings, say: Say = lambda _: None) -> Built:
         duplicates=len(made) - len(candidates),
         dropped=dropped,
         passed_over=sum(one.passed_over for one in read),
-        rejects=rejects_url if rejects else None,
+        rejects=rejects_url if rejected else None,
         **facts,
     )
 
 
 def _beside(out: str, kind: str) -> str:
-    return f"{posixpath.splitext(out)[0]}.{kind}.jsonl"
+    return f"{out}.{kind}.jsonl"
 
 
 def _earlier(settings: DemosBuildSettings, out: str) -> list[Candidate]:
@@ -141,6 +145,21 @@ def _earlier(settings: DemosBuildSettings, out: str) -> list[Candidate]:
     if not settings.append:
         raise OutputError(f"out: {storage.display(name)} is there already; add to it with append, replace it with overwrite, or name another file")
     return read_candidates(out, settings.access)
+
+
+def _earlier_rejects(settings: DemosBuildSettings, url: str) -> dict[str, dict[str, Any]]:
+    """Sentence -> record of what was dropped before, where OUT is added to. Raises InputError."""
+    storage, name = locate(url, settings.access)
+    if not settings.append or not storage.exists(name):
+        return {}
+    records = {}
+    for number, line in numbered_lines(url, settings.access):
+        where = f"{redact(url)} line {number}"
+        record = json_object(line, where)
+        if not isinstance(record.get("sentence"), str):
+            raise InputError(f"{where} has no sentence; delete the line")
+        records[record["sentence"]] = record
+    return records
 
 
 def _sampled(source: Sentences, settings: DemosBuildSettings, say: Say) -> list[str]:
@@ -196,27 +215,47 @@ def _generator(settings: DemosBuildSettings, sentences: Sequence[str], answers: 
             max_new_tokens=settings.max_new_tokens,
         )
         return
+    specs = _specs(settings)
+    for spec in specs.values():
+        if not summaries.unanswered(sentences, spec.name, answers):
+            yield _Answered(spec.name)
+            return
+    if parse_actors(settings.actors) == (0, 0):
+        yield LocalGenerator(next(iter(specs.values())))
+        return
+    from llmemb_ray.connection import connected
+    from llmemb_ray.generation.actors import on_cluster
+    from llmemb_ray.pipeline.graph import shape
+
+    cluster = settings.cluster()
+    with connected(settings.ray_address):
+        spec = specs["cuda" if shape(cluster).on_gpu else "cpu"]
+        with on_cluster(spec, cluster) as generator:
+            yield generator
+
+
+def _specs(settings: DemosBuildSettings) -> dict[str, LocalSpec]:
+    """Device -> the model with the precision that it has there; the answers of one precision are not those of another.
+
+    Only this machine's where the model is loaded in this process, else what the actors of a cluster may have. Raises ConfigError or ModelError.
+    """
     from llmemb_ray.embedders import models
 
     assert settings.model is not None
-    spec = LocalSpec(
-        source=models.resolve(settings.model, settings.revision, settings.access),
-        asking=settings.asking,
-        max_new_tokens=settings.max_new_tokens,
-        compute_dtype=settings.compute_dtype,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-        access=settings.access,
-    )
-    if not summaries.unanswered(sentences, spec.name, answers):
-        yield _Answered(spec.name)
-    elif parse_actors(settings.actors) == (0, 0):
-        yield LocalGenerator(spec)
-    else:
-        from llmemb_ray.generation.actors import on_cluster
-
-        with on_cluster(spec, settings.cluster()) as generator:
-            yield generator
+    source = models.resolve(settings.model, settings.revision, settings.access)
+    devices = [models.default_device()] if parse_actors(settings.actors) == (0, 0) else ["cuda", "cpu"]
+    return {
+        device: LocalSpec(
+            source=source,
+            asking=settings.asking,
+            max_new_tokens=settings.max_new_tokens,
+            compute_dtype=models.resolve_dtype(settings.compute_dtype, device),
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
+            access=settings.access,
+        )
+        for device in devices
+    }
 
 
 @dataclass(frozen=True)

@@ -58,24 +58,29 @@ class Leaderboard:
             if trial is not None:
                 self._outcomes[trial] = outcome
 
-    def check(self, identity: dict[str, Any]) -> bool:
-        """Whether anything is there already. Raises RunMismatch with each field of ``identity`` that differs."""
+    def check(self, identity: dict[str, Any], engine: dict[str, Any]) -> bool:
+        """Whether anything is there already. Raises RunMismatch with each field that differs.
+
+        engine: as far as it is known; fields that are not in it are not compared
+        """
         try:
             theirs = json.loads(self.storage.read(IDENTITY))
         except NotFound:
             return False
         except ValueError as error:
             raise InputError(f"{self.storage.display(IDENTITY)} is not JSON: {error}; name another directory with out") from error
-        found = list(differences(identity, {name: theirs.get(name) for name in identity}))
+        computed = theirs.get("engine") or {}
+        there = {name: theirs.get(name) for name in identity} | {"engine": {name: computed.get(name) for name in engine}}
+        found = list(differences(identity | {"engine": engine}, there))
         if found:
-            lines = "\n".join(f"  {name}: this search {ours!r}, the directory {there!r}" for name, ours, there in found)
+            lines = "\n".join(f"  {name}: this search {ours!r}, the directory {other!r}" for name, ours, other in found)
             raise RunMismatch(f"{self.storage.url} holds the scores of another search; name another directory with out. What differs:\n{lines}")
         return True
 
-    def claim(self, identity: dict[str, Any]) -> None:
+    def claim(self, identity: dict[str, Any], engine: dict[str, Any]) -> None:
         """Compares as ``check`` does, and writes what is scored on what if nothing is there."""
-        if not self.check(identity):
-            self.storage.put(IDENTITY, (json.dumps(identity, indent=2, ensure_ascii=False) + "\n").encode())
+        if not self.check(identity, engine):
+            self.storage.put(IDENTITY, (json.dumps(identity | {"engine": engine}, indent=2, ensure_ascii=False) + "\n").encode())
 
     def __len__(self) -> int:
         return len(self._outcomes)
@@ -91,6 +96,10 @@ class Leaderboard:
         """On the whole exam, else on the largest sample."""
         found = [trial for trial in self._outcomes if trial.demonstrations == demonstrations]
         return self._outcomes[max(found, key=lambda trial: trial.size)] if found else None
+
+    def smallest(self) -> int:
+        """Items of the smallest sample that something was scored on."""
+        return min((trial.size for trial in self._outcomes), default=self._size)
 
     def best(self, size: int) -> float | None:
         """Of the scores of prompts with demonstrations on so many items."""

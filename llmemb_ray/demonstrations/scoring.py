@@ -44,6 +44,9 @@ class Exam(Protocol):
     def digest(self) -> str:
         """Of the data and of how they are scored."""
 
+    def check(self, size: int) -> None:
+        """Raises ConfigError where the first ``size`` items are too few to be scored."""
+
     def wanted(self, size: int) -> Places:
         """Positions in ``texts`` of what the first ``size`` items are made of."""
 
@@ -72,6 +75,10 @@ class PairExam:
     def digest(self) -> str:
         pairs = sorted(zip((self.texts[i] for i in self.left), (self.texts[i] for i in self.right), self.gold.tolist(), strict=True))
         return digest(pairs)[:16]
+
+    def check(self, size: int) -> None:
+        if np.ptp(self.gold[:size]) == 0:
+            raise ConfigError(f"the gold scores of the {size} pairs of {self.name} are all the same, which ranks nothing")
 
     def wanted(self, size: int) -> Places:
         return np.unique(np.concatenate([self.left[:size], self.right[:size]]))
@@ -109,6 +116,9 @@ class LabelledExam:
         task = self.task.development(self.size).task
         protocol = [task.classifier, task.folds, task.seed, task.kind.protocol]
         return digest([[[row.text, row.label] for row in task.rows], protocol])[:16]
+
+    def check(self, size: int) -> None:
+        self.task.development(size).check()
 
     def wanted(self, size: int) -> Places:
         places = {text: place for place, text in enumerate(self.texts)}

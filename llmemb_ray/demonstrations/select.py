@@ -9,26 +9,29 @@ from __future__ import annotations
 import contextlib
 import json
 import posixpath
+import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
-from llmemb_ray.config import ClusterSettings, DemosSelectSettings
+from llmemb_ray.config import DemosSelectSettings
+from llmemb_ray.config.demonstrations import TRANSFER
 from llmemb_ray.demonstrations import chart
 from llmemb_ray.demonstrations.candidates import read_candidates
-from llmemb_ray.demonstrations.halving import Agreement, Round, agreement, halve, rank
+from llmemb_ray.demonstrations.halving import Agreement, Round, agreement, halve, rank, sizes
 from llmemb_ray.demonstrations.leaderboard import Leaderboard, Place
 from llmemb_ray.demonstrations.scoring import Exam, Examiner, Trial, drawn, representation, sts_exam, tokenize, transfer_exam
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import ConfigError, InputError
+from llmemb_ray.errors import ConfigError, InputError, RunFailed
 from llmemb_ray.evaluation import transfer
 from llmemb_ray.evaluation.data import DataPlace
 from llmemb_ray.pipeline.pool import Pool, pool
 from llmemb_ray.representation import Demonstration, Representation
 from llmemb_ray.representation.representation import FILE_NAME
-from llmemb_ray.storage import Storage, absolute
+from llmemb_ray.storage import Storage, absolute, redact
 
 Prompt: TypeAlias = tuple[Demonstration, ...]
 
@@ -36,6 +39,12 @@ PAGE, SUMMARY = "leaderboard.html", "selection.json"
 
 TELL_SECONDS = 10.0
 """Between two lines of progress."""
+
+MODEL_OPTIONS = (
+    *("model", "revision", "adapter", "backend", "compute_dtype", "quantization", "tensor_parallel", "engine_arg", "trust_remote_code", "allow_pickle"),
+    *("rope_theta", "sliding_window", "endpoint_url"),
+)
+"""Settings that a representation file does not hold, and that embedding with it must be given as the search was."""
 
 SHOWN = 60
 """Characters of a sentence in a row of the table."""
@@ -64,6 +73,8 @@ class Selection:
     tokens: int
     computed: int
     seconds: float
+    embed: str
+    """The command that embeds with the winner and the search's model."""
     agreement: Agreement | None = None
     rounds: list[dict[str, int]] = field(default_factory=list)
     """Of halving: candidates and items of each round."""
@@ -75,7 +86,7 @@ class Selection:
         """The table and what must be known of it."""
         shown = [f"{self.exam}, zero-shot {self.zero_shot:.2f}", f"{'rank':>4}  {'score':>6}  {'gain':>6}  demonstration"]
         for place in self.ranking[:top]:
-            text = "; ".join(f"{_shortened(one.sentence)} ⇒ {one.word}" for one in place.demonstrations)
+            text = _shown(place.demonstrations)
             if place.outcome.score is None:
                 shown.append(f"   –       –       –  {text}: {place.outcome.problem}")
             else:
@@ -88,13 +99,12 @@ class Selection:
             shown += _agreement_lines(self.agreement)
         if not self.winner:
             shown.append("no candidate is better than the zero-shot prompt, which is what was written")
-        return shown
+        return [*shown, f"embed with it: {self.embed}"]
 
 
-def select(settings: DemosSelectSettings, *, say: Callable[[str], None] = lambda line: None, share: bool = True) -> Selection:
+def select(settings: DemosSelectSettings, *, say: Callable[[str], None] = lambda line: None) -> Selection:
     """Scores the candidates, keeps the leaderboard in ``settings.out`` and writes the best prompt there as ``llmemb.json``.
 
-    share: False computes the demonstrations with every text, to measure what sharing them saves.
     Raises ConfigError, InputError, ModelError, RunMismatch, StorageError or RunFailed.
     """
     started = time.perf_counter()
@@ -102,15 +112,14 @@ def select(settings: DemosSelectSettings, *, say: Callable[[str], None] = lambda
     exam, candidates = _exam_and_candidates(settings, data)
     spec = settle(settings)
     board = Leaderboard(Storage(absolute(settings.out), settings.access), size=exam.size, seed=settings.seed)
-    board.check(_identity(spec, exam))
+    board.check(_identity(spec, exam), _engine(spec))
     found = len(board)
     with ExitStack() as stack:
-        scorer = Scorer(settings, spec, exam, board, stack, longest=_longest(spec, candidates, settings.demos_per_prompt), say=say, share=share)
-        zero = scorer([()], exam.size)[()]
-        if zero is None:
-            raise InputError(f"{exam.name} cannot be scored with the zero-shot prompt: {board.outcome((), exam.size).problem}")
+        scorer = Scorer(settings, spec, exam, board, stack, longest=_longest(spec, candidates, settings.demos_per_prompt), say=say)
         search = Search(settings, exam, scorer)
         prompts = search.run(candidates)
+    zero = scorer.zero_shot()
+    assert zero is not None
     ranking = board.ranking(prompts)
     if not ranking or ranking[0].outcome.score is None:
         problem = next((outcome.problem for prompt in prompts if (outcome := board.find(prompt)) and outcome.problem), "none was scored")
@@ -129,6 +138,7 @@ def select(settings: DemosSelectSettings, *, say: Callable[[str], None] = lambda
         tokens=scorer.tokens,
         computed=scorer.computed,
         seconds=time.perf_counter() - started,
+        embed=_embed_command(settings),
         agreement=_agreement(settings, board, candidates, exam.size),
         rounds=[{"candidates": len(step.ranked), "items": step.size} for step in search.rounds],
     )
@@ -140,10 +150,30 @@ def _exam_and_candidates(settings: DemosSelectSettings, data: DataPlace) -> tupl
     if settings.transfer_task is None:
         assert settings.candidates is not None
         singles = [(candidate.demonstration,) for candidate in read_candidates(settings.candidates, settings.access)]
-        return sts_exam(data, raw=settings.raw, seed=settings.seed), list(dict.fromkeys(singles))
+        pairs = sts_exam(data, raw=settings.raw, seed=settings.seed)
+        _check_samples(settings, pairs)
+        return pairs, list(dict.fromkeys(singles))
+    if settings.transfer_task.casefold() not in map(str.casefold, transfer.KINDS):
+        raise ConfigError(
+            f"for: {settings.for_!r} names no task to choose for; give one of {', '.join(TRANSFER + name for name in transfer.KINDS if name != 'MRPC')}"
+        )
     task = transfer.load(settings.transfer_task, data, classifier=settings.classifier, folds=settings.folds, seed=settings.seed)
     prompts = drawn(task, count=settings.draws, each=settings.demos_per_prompt, cleaning=settings.clean, seed=settings.seed)
-    return transfer_exam(task, examples=settings.examples), prompts
+    labelled = transfer_exam(task, examples=settings.examples)
+    _check_samples(settings, labelled)
+    return labelled, prompts
+
+
+def _check_samples(settings: DemosSelectSettings, exam: Exam) -> None:
+    """Raises ConfigError, before a model is loaded, where the smallest sample is too small to be scored."""
+    smallest = sizes(exam.size, settings.halving_first)[0] if settings.halving else exam.size
+    try:
+        exam.check(smallest)
+    except ConfigError as error:
+        if smallest == exam.size:
+            raise
+        more = " or more --examples" if settings.examples else ""
+        raise ConfigError(f"halving_first: the first sample is {smallest} of {exam.size} items: {error}. Set a smaller --halving-first{more}") from error
 
 
 def _identity(spec: EmbedderSpec, exam: Exam) -> dict[str, Any]:
@@ -152,7 +182,9 @@ def _identity(spec: EmbedderSpec, exam: Exam) -> dict[str, Any]:
 
 
 def _engine(spec: EmbedderSpec) -> dict[str, Any]:
-    return {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization}
+    """What is settled of it: all once a model is loaded, before that what the settings name."""
+    found = {"backend": spec.backend, "compute_dtype": spec.compute_dtype, "quantization": spec.quantization}
+    return {name: value for name, value in found.items() if value != "auto"}
 
 
 def _longest(spec: EmbedderSpec, candidates: list[Prompt], each: int) -> Representation:
@@ -168,11 +200,14 @@ def _longest(spec: EmbedderSpec, candidates: list[Prompt], each: int) -> Represe
 
 
 class Scorer:
-    """Scores prompts that are not on disk yet, beside the actors; the model is loaded when the first one is wanted."""
+    """Scores prompts that are not on disk yet, beside the actors; the model is loaded when the first one is wanted.
+
+    The zero-shot prompt is scored on everything beside the first of them.
+    """
 
     def __init__(
         self,
-        settings: ClusterSettings,
+        settings: DemosSelectSettings,
         spec: EmbedderSpec,
         exam: Exam,
         board: Leaderboard,
@@ -180,45 +215,66 @@ class Scorer:
         *,
         longest: Representation,
         say: Callable[[str], None],
-        share: bool,
     ) -> None:
         """longest: what the model is loaded with, since vLLM settles by it whether and how much it caches."""
         self._longest = longest
-        self._settings, self._spec, self._exam, self._board, self._stack, self._say, self._share = settings, spec, exam, board, stack, say, share
+        self._settings, self._spec, self._exam, self._board, self._stack, self._say = settings, spec, exam, board, stack, say
         self._workers: Pool | None = None
         self._examiner: Examiner | None = None
         self.scored = self.retokenized = self.tokens = self.computed = 0
 
     def __call__(self, prompts: Sequence[Prompt], size: int) -> dict[Prompt, float | None]:
         """Score × 100 of each prompt on the first ``size`` items."""
-        trials = [trial for prompt in dict.fromkeys(prompts) if self._board.get(trial := Trial(prompt, size)) is None]
+        wanted = dict.fromkeys([Trial((), self._exam.size), *(Trial(prompt, size) for prompt in prompts)])
+        trials = [trial for trial in wanted if self._board.get(trial) is None]
+        self.zero_shot()
         if trials:
-            self._score(trials)
+            try:
+                self._score(trials, size)
+            except RunFailed as error:
+                raise self._told(error, trials) from error
         return {prompt: self._board.outcome(prompt, size).score for prompt in prompts}
 
-    def _score(self, trials: list[Trial]) -> None:
+    def zero_shot(self) -> float | None:
+        """Score × 100 without demonstrations on everything; None before it is known. Raises InputError where there can be none."""
+        outcome = self._board.get(Trial((), self._exam.size))
+        if outcome is not None and outcome.score is None:
+            raise InputError(f"{self._exam.name} cannot be scored with the zero-shot prompt: {outcome.problem}")
+        return None if outcome is None else outcome.score
+
+    def _told(self, error: RunFailed, trials: list[Trial]) -> RunFailed:
+        """The error with the prompt that it came at, which the pool knows by its number."""
+        found = re.search(r"\bitem (\d+)", str(error))
+        prompt = trials[int(found[1])].demonstrations if found else None
+        at = "" if prompt is None else f"That was scoring {_shown(prompt) or 'the zero-shot prompt'}, or what the same actor had beside it. "
+        past = f"; if it fails there again, leave the candidate out of {redact(self._settings.candidates)}" if prompt and self._settings.candidates else ""
+        stands = f"The {self.scored:,} scores that this command made stand in {redact(self._settings.out)}, the same command goes on from them{past}."
+        return RunFailed(f"{error}\n{at}{stands}")
+
+    def _score(self, trials: list[Trial], size: int) -> None:
         workers, examiner = self._open()
         started = told = time.perf_counter()
-        best = self._board.best(trials[0].size)
+        best = self._board.best(size)
         for done, (number, outcome) in enumerate(workers.run(examiner, trials), 1):
             self._board.add(trials[number], outcome)
+            self.zero_shot()
             self.scored += 1
             self.retokenized += outcome.retokenized
             self.tokens += outcome.tokens
             self.computed += outcome.computed
-            if outcome.score is not None:
+            if outcome.score is not None and trials[number].demonstrations:
                 best = outcome.score if best is None else max(best, outcome.score)
             now = time.perf_counter()
             if now - told >= TELL_SECONDS and done < len(trials):
                 told, left = now, (now - started) / done * (len(trials) - done)
                 shown = "" if best is None else f", best {best:.2f}"
-                self._say(f"{done:,} of {len(trials):,} prompts scored on {trials[0].size:,} of {self._exam.name}{shown}; about {left:,.0f} s to go")
+                self._say(f"{done:,} of {len(trials):,} prompts scored on {size:,} of {self._exam.name}{shown}; about {left:,.0f} s to go")
 
     def _open(self) -> tuple[Pool, Examiner]:
         if self._workers is None or self._examiner is None:
             self._workers = self._stack.enter_context(pool(self._settings, replace(self._spec, representation=self._longest)))
-            self._board.claim(_identity(self._spec, self._exam) | {"engine": _engine(self._workers.spec)})
-            self._examiner = Examiner(exam=self._exam, base=self._spec.representation, rows=tokenize(self._spec, self._exam.texts), share=self._share)
+            self._board.claim(_identity(self._spec, self._exam), _engine(self._workers.spec))
+            self._examiner = Examiner(exam=self._exam, base=self._spec.representation, rows=tokenize(self._spec, self._exam.texts))
         return self._workers, self._examiner
 
 
@@ -258,8 +314,11 @@ def _agreement(settings: DemosSelectSettings, board: Leaderboard, candidates: li
     def recorded(prompts: Sequence[Prompt], items: int) -> dict[Prompt, float | None]:
         return {prompt: board.outcome(prompt, items).score for prompt in prompts}
 
+    first = settings.halving_first if settings.halving else -(-size // board.smallest())
+    if first == 1:  # Nothing was scored on a sample.
+        return None
     try:
-        rounds = halve(candidates, size, first=settings.halving_first, score=recorded)
+        rounds = halve(candidates, size, first=first, score=recorded)
         return agreement(rounds, recorded(candidates, size))
     except KeyError:
         return None
@@ -281,6 +340,21 @@ def _agreement_lines(found: Agreement) -> list[str]:
         for one in found.correlations[:-1]
         if "spearman" in one
     ]
+
+
+def _embed_command(settings: DemosSelectSettings) -> str:
+    """Of the settings that were given; values of storage options, which may be secret, are left out."""
+    words = ["llmemb", "embed", "INPUT", "OUTPUT"]
+    for name in MODEL_OPTIONS:
+        value, flag = getattr(settings, name), "--" + name.replace("_", "-")
+        if name in settings.model_fields_set and value not in (None, False):
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag] if one is True else [flag, redact(str(one))]
+    return shlex.join([*words, "--representation", redact(settings.out)])
+
+
+def _shown(prompt: Prompt) -> str:
+    return "; ".join(f"{_shortened(one.sentence)} ⇒ {one.word}" for one in prompt)
 
 
 def _shortened(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmemb_ray.config.demonstrations import STSB_TRAIN
 from llmemb_ray.demonstrations.candidates import json_object, numbered_lines
 from llmemb_ray.errors import ConfigError, InputError, NotFound
 from llmemb_ray.evaluation.data import SENTEVAL, DataPlace, read_lines
@@ -23,13 +24,15 @@ from llmemb_ray.storage import Access, absolute, locate, redact
 
 T = TypeVar("T")
 
+AS_WRITTEN, TOKENISED = STSB_TRAIN
+
 STSB_FILES = {
-    "stsb-train": ("sts_raw/STSBenchmark/sts-train.csv", "STSBenchmark/sts-train.csv"),
-    "stsb-train-senteval": ("senteval/downstream/STS/STSBenchmark/sts-train.csv", "downstream/STS/STSBenchmark/sts-train.csv"),
+    AS_WRITTEN: ("sts_raw/STSBenchmark/sts-train.csv", "STSBenchmark/sts-train.csv"),
+    TOKENISED: ("senteval/downstream/STS/STSBenchmark/sts-train.csv", "downstream/STS/STSBenchmark/sts-train.csv"),
 }
 """STS-B's training pairs as they were written, which paper 1's demonstrations are taken from, and lower-cased and tokenised."""
 
-STSB_SOURCES = {"stsb-train": "the STS benchmark (https://ixa2.si.ehu.eus/stswiki, Stsbenchmark.tar.gz)", "stsb-train-senteval": SENTEVAL}
+STSB_SOURCES = {AS_WRITTEN: "the STS benchmark (https://ixa2.si.ehu.eus/stswiki, Stsbenchmark.tar.gz)", TOKENISED: SENTEVAL}
 
 STSB_COLUMNS = (5, 6)
 """Of sts-train.csv, which is tab-separated and quotes nothing: genre, file, year, number, score, then the pair."""
@@ -132,7 +135,8 @@ def _of_parquet(url: str, column: str | None, access: Access | None) -> list[Any
         raise InputError(f"{error}; check the path") from error
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"sentences: {redact(url)} cannot be read as Parquet: {error}") from error
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type)):
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise InputError(f"sentences: column {chosen} of {redact(url)} holds {values.type}, no text; name another sentence_column")
     return list(values.to_pylist())
 

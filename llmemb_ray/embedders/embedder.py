@@ -283,6 +283,9 @@ class Embedder:
             ours, theirs = getattr(self.representation, name), getattr(representation, name)
             if ours != theirs:
                 raise ConfigError(f"{name}: the model is loaded for {ours!r}, a representation with {theirs!r} needs one of its own")
+        ours_most, theirs_most = self.representation.max_tokens, representation.max_tokens
+        if ours_most is not None and theirs_most is not None and theirs_most > ours_most:
+            raise ConfigError(f"max_tokens: the model is loaded for prompts of {ours_most} tokens, a representation with {theirs_most} needs one of its own")
         other = copy.copy(self)
         other.spec, other.representation = replace(self.spec, representation=representation), representation
         other._prompters = {}

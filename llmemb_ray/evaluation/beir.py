@@ -30,6 +30,9 @@ from llmemb_ray.storage import Access, Storage, absolute
 
 BEIR = "BEIR (https://github.com/beir-cellar/beir)"
 
+GROUPS = ("cqadupstack",)
+"""Directories whose collections are one in BEIR: each is named with its group, as in cqadupstack/android."""
+
 TEXT_COLUMN = "{title} {text}"
 """What of a document is embedded: paper 2's ``'{title} {text}'.strip()``."""
 
@@ -116,11 +119,23 @@ class Documents:
 
 
 def find(root: Path) -> dict[str, Path]:
-    """Directories of collections by name: ``root`` itself, those in it, and those one level below; of equal names by their path."""
+    """Directories of collections by ``name_of``: ``root`` itself, those in it, and those one level below; of equal names by their path."""
     places = [root, *sorted(path for path in root.glob("*") if path.is_dir()), *sorted(path for path in root.glob("*/*") if path.is_dir())]
     found = [place for place in places if splits(place)]
-    names = [place.resolve().name for place in found]
+    names = [name_of(place) for place in found]
     return {name if names.count(name) == 1 else place.relative_to(root).as_posix(): place for name, place in zip(names, found, strict=True)}
+
+
+def name_of(directory: Path) -> str:
+    """That of the directory, after its group's if it is in one."""
+    place = directory.resolve()
+    group = place.parent.name.casefold()
+    return f"{group}/{place.name}" if group in GROUPS else place.name
+
+
+def is_path(name: str) -> bool:
+    """Whether what a user named is a directory of its own, and not one of the data directory; a member of a group may be either."""
+    return "/" in name or name.startswith((".", "~"))
 
 
 def splits(directory: Path) -> list[str]:

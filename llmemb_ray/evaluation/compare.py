@@ -5,26 +5,20 @@ Invariant: figures are those of the records, none is computed anew; where two ev
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llmemb_ray.errors import InputError
 from llmemb_ray.evaluation import published
+from llmemb_ray.evaluation.contamination import Contamination, from_dict
 from llmemb_ray.evaluation.record import Evaluation
 from llmemb_ray.evaluation.sts import DEV
 from llmemb_ray.evaluation.tables import table
-from llmemb_ray.evaluation.text import MANY, TEXTS, TITLES, editions
+from llmemb_ray.evaluation.text import TEXTS, TITLES, Summary, editions, is_long, remarks
+from llmemb_ray.evaluation.vectors import ENGINE
 
-PROTOCOL: dict[str, dict[str, Any]] = {
-    "transfer": {"classifier": "senteval", "folds": 10, "seed": 1111},
-    "retrieval": {"split": "test", "top_k": 1000},
-    "passkey": {"seed": 1111},
-}
-"""Settings that decide a suite's figures besides the vectors, with their defaults."""
-
-NAMES = {"model": "", "adapter": "with ", "method": ""}
+NAMES = {"model": "", "adapter": "with ", "method": "", "task_instructions": ""}
 """Fields that name a row by their value alone, and what stands before it."""
 
 
@@ -49,6 +43,8 @@ class Comparison:
     suites: dict[str, list[str]]
     notes: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    contamination: dict[str, Any] = field(default_factory=dict)
+    """What a study's own check found; empty without one. An evaluation's stands in its record."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """Of the rows, in their order."""
 
@@ -94,8 +90,9 @@ def named(evaluations: Sequence[Evaluation]) -> list[str]:
     """A name for each evaluation, made of what differs between them; those that differ in nothing are numbered."""
     fields = [_fields(made) for made in evaluations]
     differing = [name for name in fields[0] if len({repr(one.get(name)) for one in fields}) > 1]
-    if "method" in differing and len({(one["method"], one.get("pooling")) for one in fields}) == len({one["method"] for one in fields}):
-        differing = [name for name in differing if name != "pooling"]  # The method tells it.
+    methods = {one["method"] for one in fields}
+    told = [name for name in ("pooling", "template", "query") if len({(one["method"], one.get(name)) for one in fields}) == len(methods)]
+    differing = [name for name in differing if name not in told]  # The method tells it.
     if {"model", "method"}.isdisjoint(differing) or len(evaluations) == 1:
         differing = ["model", *differing]
     found = [", ".join(part for name in differing if (part := _part(name, one.get(name)))) or "no adapter" for one in fields]
@@ -106,14 +103,20 @@ def _fields(made: Evaluation) -> dict[str, Any]:
     """What may tell an evaluation from another, the plainest first."""
     form = made.representation.get("document", {})
     demonstrations = made.settings.get("demo") or []
-    own = made.method in ("template", "e5") or (made.method == "prompteol-icl" and not demonstrations)
+    query = made.representation.get("query", form).get("template")
+    method = published.method_of(made)
+    own = method in ("template", "e5") or (made.method == "prompteol-icl" and not demonstrations)
+    instructed = {protocol["task_instructions"] for suite in made.suites if "task_instructions" in (protocol := _protocol(made, suite))}
     others = {name: value for name, value in made.representation.items() if name not in ("document", "query", "append_eos")}
     return {
         "model": made.model,
-        "method": published.METHODS[published.method_of(made)],
+        "method": published.METHODS[method],
         "adapter": made.adapter,
         "demo": "; ".join(demonstrations) or None,
         "template": form.get("template") if own else None,
+        "query": query if own and query != form.get("template") else None,
+        "task_instructions": "without task instructions" if instructed == {False} else None,
+        "append_eos": True if made.representation.get("append_eos") and method != "e5" else None,
         "clean": form.get("clean"),
         **others,
         **{name: made.settings.get(name) for name in ("rope_theta", "sliding_window") if name not in others},
@@ -124,18 +127,26 @@ def _fields(made: Evaluation) -> dict[str, Any]:
     }
 
 
+def _protocol(made: Evaluation, suite: str) -> dict[str, Any]:
+    """Settings and engine that a suite's figures were made with; empty in records that do not tell."""
+    found = made.protocol.get(suite)
+    return found if isinstance(found, dict) else {}
+
+
 def _part(name: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{NAMES[name]}{value}" if name in NAMES else f"{name} {value!r}" if name in ("demo", "template") else f"{name} {value}"
+    return f"{NAMES[name]}{value}" if name in NAMES else f"{name} {value!r}" if name in ("demo", "template", "query") else f"{name} {value}"
 
 
 def _notes(evaluations: Sequence[Evaluation], names: Sequence[str], suites: dict[str, list[str]]) -> Iterator[str]:
     for suite in suites:
         texts = [" and ".join(TEXTS.get(text, text) for text in editions(made, suite)) for made in evaluations]
         yield from _differing(suite, "the text", texts, names)
-        for setting, default in PROTOCOL.get(suite, {}).items():
-            yield from _differing(suite, setting, [str(made.settings.get(setting, default)) for made in evaluations], names)
+        protocols = [_protocol(made, suite) for made in evaluations]
+        for setting in dict.fromkeys(name for protocol in protocols for name in protocol):
+            if setting not in ENGINE or any(protocol.get(setting) != made.engine.get(setting) for protocol, made in zip(protocols, evaluations, strict=True)):
+                yield from _differing(suite, setting, [str(protocol[setting]) if setting in protocol else "" for protocol in protocols], names)
         tasks = [frozenset(made.suites[suite]) - {"avg", DEV} for made in evaluations]
         if len(set(tasks)) > 1 and "avg" in suites[suite]:
             yield f"{suite}: the averages are of different tasks ({', '.join(f'{name}: {len(found)}' for name, found in zip(names, tasks, strict=True))})"
@@ -145,16 +156,18 @@ def _notes(evaluations: Sequence[Evaluation], names: Sequence[str], suites: dict
     for model, found in commits.items():
         if len(found) > 1:
             yield f"{model} was evaluated at different commits: {', '.join(sorted(commit[:12] for commit in found))}"
-    spaces: dict[str, list[str]] = {}
+    alike_in: dict[str, list[str]] = {}
     for made, name in zip(evaluations, names, strict=True):
-        spaces.setdefault(made.space, []).append(name)
-    for alike in spaces.values():
+        protocols = [{setting: value for setting, value in _protocol(made, suite).items() if setting not in ENGINE} for suite in suites]
+        alike_in.setdefault(repr([made.space, protocols, [editions(made, suite) for suite in suites]]), []).append(name)
+    for alike in alike_in.values():
         if len(alike) > 1:
-            yield f"of one vector space, so that only precision and engine can make a difference: {'; '.join(alike)}"
+            yield f"of one vector space and protocol, so that only precision and engine can make a difference: {'; '.join(alike)}"
 
 
 def _differing(suite: str, what: str, values: Sequence[str], names: Sequence[str]) -> Iterator[str]:
-    if len(set(values)) > 1:
+    """values: by name; empty where a record does not tell, which is no difference."""
+    if len(set(values) - {""}) > 1:
         by_value: dict[str, list[str]] = {}
         for value, name in zip(values, names, strict=True):
             by_value.setdefault(value or "not told", []).append(name)
@@ -169,19 +182,30 @@ def lines(comparison: Comparison) -> list[str]:
 def _lines(found: Comparison) -> Iterator[str]:
     for suite, columns in found.suites.items():
         yield TITLES.get(suite, suite)
-        many = len(columns) > MANY and suite != "mteb"
-        if many:
-            rows = [[row.name, *_summary([figure for task, figure in row.figures[suite].items() if task != "avg"])] for row in found.rows]
-            yield from table(["", "tasks", "lowest", "median", "highest", "mean"], rows)
+        if is_long(suite, [column for column in columns if column != "avg"]):
+            yield from table(["", *Summary.COLUMNS], [[row.name, *Summary.of(row.figures[suite]).cells] for row in found.rows])
         else:
             yield from table(["", *columns], [[row.name, *(published.shown(row.figures[suite].get(column)) for column in columns)] for row in found.rows])
+        yield from (f"note: {remark}" for remark in dict.fromkeys(remark for made in found.evaluations for remark in remarks(made, suite)))
         yield ""
     for note in found.notes:
         yield f"note: {note}"
     for pair, why in found.failed.items():
         yield f"failed: {pair}: {why}"
+    for names, checked in contaminations(found):
+        yield ""
+        yield from ([f"{names}:"] if names else [])
+        yield from checked.lines()
 
 
-def _summary(figures: list[float]) -> list[str]:
-    values = (min(figures), statistics.median(figures), max(figures), statistics.fmean(figures)) if figures else ()
-    return [f"{len(figures):,}", *(f"{value:.2f}" for value in values)] if figures else ["0", "–", "–", "–", "–"]
+def contaminations(found: Comparison) -> list[tuple[str, Contamination]]:
+    """(names of the rows, what the check found), alike ones once; a study's own has no name."""
+    made: list[tuple[list[str], dict[str, Any]]] = [([], found.contamination)] if found.contamination else []
+    for row, evaluation in zip(found.rows, found.evaluations, strict=True):
+        if evaluation.contamination:
+            alike = next((names for names, checked in made if names and checked == evaluation.contamination), None)
+            if alike is None:
+                made.append(([row.name], evaluation.contamination))
+            else:
+                alike.append(row.name)
+    return [("; ".join(names), from_dict(checked)) for names, checked in made]

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import platform
 import posixpath
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmemb_ray.config import EvaluateSettings, parse_actors
-from llmemb_ray.config.evaluation import SUITES
 from llmemb_ray.embedders import models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, InputError, RunMismatch
@@ -27,21 +28,20 @@ from llmemb_ray.evaluation.contamination import Contamination, check
 from llmemb_ray.evaluation.data import DataPlace
 from llmemb_ray.evaluation.mteb import tasks as mteb_tasks
 from llmemb_ray.evaluation.record import Evaluation
-from llmemb_ray.evaluation.suite import Building, Score, Suite, Task, Texts, choose
-from llmemb_ray.evaluation.vectors import Vectors
+from llmemb_ray.evaluation.suite import Building, Score, Suite, Task, Texts
+from llmemb_ray.evaluation.vectors import ENGINE, Vectors
 from llmemb_ray.pipeline import planning
 from llmemb_ray.representation.space import differences
-from llmemb_ray.shards.run import Run
 from llmemb_ray.storage import Storage, absolute
-from llmemb_ray.written import command_line
+from llmemb_ray.written import command_line, masked
 
 MTEB = "mteb"
 """Runs by its own library, which asks for vectors as it goes."""
 
 AVERAGE = "avg"
 
-PROTOCOL = ("seed", "classifier", "folds", "top_k", "split", "task_instructions")
-"""Settings under which tasks of a suite that were evaluated one after the other make one average."""
+CONTAMINATION = "contamination.json"
+"""Of the check alone; with a model it stands in the record."""
 
 WITHOUT_DATA = (MTEB, "passkey")
 
@@ -63,48 +63,130 @@ def run(settings: EvaluateSettings, *, say: Say = lambda line: None) -> Evaluati
 
     Raises ConfigError, InputError, ModelError, OutputError or what the embedding job raises.
     """
-    chosen = {choose([name], SUITES, "llmemb evaluate")[0]: tasks for name, tasks in settings.suites().items()}
+    chosen = settings.suites()
+    _require_texts(settings, chosen)
     mteb_names = mteb_tasks.check(chosen[MTEB]) if MTEB in chosen else []
     spec = settle(settings)
-    out = output_of(settings, spec)
-    storage = Storage(absolute(out), settings.access)
-    earlier = _earlier(storage, settings, spec)
+    keeper = _Keeper(settings, spec, say)
     data = _data(settings, chosen)
     on_cluster = parse_actors(settings.actors) != (0, 0)
-    suites: dict[str, tuple[Suite, list[Task]]] = {}
-    for name, wanted in chosen.items():
-        if name != MTEB:
-            suite = suite_of(name)
-            building = Building(settings=settings, data=data, spec=spec, wanted=wanted, scratch=f"{out}/data", on_cluster=on_cluster)
-            suites[name] = suite, suite.build(building)
+    suites = _suites(settings, chosen, data, spec, keeper.out, on_cluster=on_cluster)
     needs = {name: [task.needs() for task in tasks] for name, (_, tasks) in suites.items()}
     contamination = _contamination(settings, suites, needs)
-    started = time.monotonic()
-    results: dict[str, dict[str, Score]] = {}
-    seconds: dict[str, float] = {}
-    vectors = Vectors(settings, spec, out)
+    vectors = Vectors(settings, spec, keeper.out)
     with _cluster(settings) if on_cluster else contextlib.nullcontext():
         texts = sum(len(need.texts) for lists in needs.values() for wants in lists for need in wants if isinstance(need, Texts))
         if texts:
             say(f"{', '.join(suites)}: {sum(len(tasks) for _, tasks in suites.values())} tasks want vectors of {texts:,} texts; each is embedded once")
         with vectors.embedded(need for lists in needs.values() for wants in lists for need in wants):
-            seconds["embed"] = time.monotonic() - started
-            for name, (_, tasks) in suites.items():
-                begun = time.monotonic()
-                results[name] = {}
+            for name, (suite, tasks) in suites.items():
+                begun = time.monotonic() - vectors.counts.seconds
+                scores = {}
                 for task, wants in zip(tasks, needs[name], strict=True):
-                    results[name][task.name] = task.score([vectors.of(need) for need in wants])
-                    say(f"{name} {task.name}: {results[name][task.name].main:.2f}")
-                seconds[name] = time.monotonic() - begun
+                    scores[task.name] = task.score([vectors.of(need) for need in wants])
+                    say(f"{name} {task.name}: {scores[task.name].main:.2f}")
+                keeper.keep(name, scores, vectors, seconds=time.monotonic() - vectors.counts.seconds - begun, apart=suite.apart, contamination=contamination)
         if MTEB in chosen:
             begun = time.monotonic()
-            results[MTEB] = mteb_tasks.run_suite(settings, spec, mteb_names, out, say=say)
-            for kind, mean in mteb_tasks.by_type(results[MTEB]).items():
+            scores = mteb_tasks.run_suite(settings, spec, mteb_names, keeper.out, say=say)
+            for kind, mean in mteb_tasks.by_type(scores).items():
                 say(f"mteb, mean of {kind}: {mean:.2f}")
-            seconds[MTEB] = time.monotonic() - begun
-    made = _record(settings, spec, results, {name: suite.apart for name, (suite, _) in suites.items()}, vectors, seconds, contamination, earlier, out)
-    made.save(storage)
-    return made
+            keeper.keep(MTEB, scores, vectors, seconds=time.monotonic() - begun)
+    assert keeper.made is not None
+    return keeper.made
+
+
+class _Keeper:
+    """Joins each suite to the record in OUT as soon as it is scored, so that what follows can fail without loss."""
+
+    def __init__(self, settings: EvaluateSettings, spec: EmbedderSpec, say: Say) -> None:
+        """Raises RunMismatch if OUT holds a record of another space."""
+        self._settings, self._spec, self._say = settings, spec, say
+        self.out = output_of(settings, spec)
+        self._storage = Storage(absolute(self.out), settings.access)
+        self.made: Evaluation | None = None
+        self._earlier()
+
+    def keep(
+        self,
+        suite: str,
+        scores: Mapping[str, Score],
+        vectors: Vectors,
+        *,
+        seconds: float,
+        apart: Sequence[str] = (),
+        contamination: Contamination | None = None,
+    ) -> None:
+        """seconds: of scoring, without embedding. The record is read again: another command may have joined its own suites meanwhile."""
+        if not scores:
+            raise InputError(f"suite: {suite} has no task to evaluate")
+        earlier = self._earlier() or self._blank()
+        protocol = self._protocol(suite, vectors)
+        before = earlier.protocol.get(suite, protocol)
+        changed = [f"{name} {before.get(name)} → {value}" for name, value in protocol.items() if name != "backend" and before.get(name) != value]
+        joins = not changed
+        if changed and set(earlier.suites.get(suite, {})) - set(scores) - {AVERAGE}:
+            self._say(f"note: {suite}'s earlier figures in {self.out} were made otherwise ({', '.join(changed)}) and are replaced")
+        figures = {task: value for task, value in earlier.suites.get(suite, {}).items() if joins and task != AVERAGE}
+        figures |= {task: score.main for task, score in scores.items()}
+        averaged = [value for task, value in figures.items() if task not in apart]
+        self.made = replace(
+            earlier,
+            engine={name: protocol[name] for name in ENGINE},
+            suites=earlier.suites | {suite: figures | ({AVERAGE: float(np.mean(averaged))} if averaged else {})},
+            details=earlier.details | {suite: (earlier.details.get(suite, {}) if joins else {}) | {task: score.parts for task, score in scores.items()}},
+            protocol=earlier.protocol | {suite: protocol},
+            counts={"texts": vectors.counts.wanted, "texts_embedded": vectors.counts.distinct, "tokens": vectors.counts.tokens},
+            seconds=earlier.seconds | {"embed": round(vectors.counts.seconds, 2), suite: round(seconds, 2)},
+            contamination=contamination.to_dict() if contamination else earlier.contamination,
+            settings=_given(self._settings),
+            versions=planning.versions(),
+            out=self.out,
+            machine=f"{platform.processor() or platform.machine()}, {platform.system()}",
+            command=command_line(self._settings, "evaluate"),
+            finished=time.time(),
+        )
+        self.made.save(self._storage)
+
+    def _earlier(self) -> Evaluation | None:
+        """The record that stands in OUT. Raises RunMismatch if it is of another space."""
+        if not self._storage.exists(record.PATH):
+            return None
+        earlier, blank = record.load(self._storage.url, self._settings.access), self._blank()
+        if earlier.space != blank.space:
+            names = ("commit", "adapter", "representation", "context")
+            ours, theirs = ({name: getattr(one, name) for name in names} for one in (blank, earlier))
+            lines = "\n".join(f"  {name}: there {there!r}, asked for now {here!r}" for name, here, there in differences(ours, theirs))
+            raise RunMismatch(f"out: {self._storage.url} holds an evaluation in another vector space; name another --out\n{lines}")
+        return earlier
+
+    def _blank(self) -> Evaluation:
+        spec = self._spec
+        return Evaluation(
+            model=self._settings.model,
+            commit=spec.model.commit,
+            adapter=self._settings.adapter,
+            parameters=spec.parameters,
+            method=record.method(spec.representation),
+            representation=spec.representation.to_dict(),
+            space=spec.space.digest,
+            context={name: value for name, value in (spec.space.to_dict().get("context") or {}).items() if value is not None},
+            dimension=spec.dimension,
+            engine={},
+            suites={},
+        )
+
+    def _protocol(self, suite: str, vectors: Vectors) -> dict[str, Any]:
+        settings = self._settings
+        instructed = settings.prompt == "e5" and settings.representation is None and settings.instruction is None
+        own = {name: getattr(settings, name) for name in record.PROTOCOL.get(suite, ()) if name != "task_instructions" or instructed}
+        here = self._spec.on(models.default_device() == "cuda")
+        return own | (vectors.engine or {name: getattr(here, name) for name in ENGINE})
+
+
+def _given(settings: EvaluateSettings) -> dict[str, Any]:
+    data = settings.model_dump(mode="json", exclude={"storage_options"})
+    return masked({name: value for name, value in data.items() if name in settings.model_fields_set})
 
 
 def output_of(settings: EvaluateSettings, spec: EmbedderSpec) -> str:
@@ -113,10 +195,23 @@ def output_of(settings: EvaluateSettings, spec: EmbedderSpec) -> str:
 
 
 def _data(settings: EvaluateSettings, chosen: Mapping[str, list[str]]) -> DataPlace:
-    wanted = {name: tasks for name, tasks in chosen.items() if name not in WITHOUT_DATA}
+    wanted = {name: [task for task in tasks if "/" not in task] for name, tasks in chosen.items() if name not in WITHOUT_DATA}
+    wanted = {name: tasks for name, tasks in wanted.items() if tasks or not chosen[name]}  # Collections that are named by their directories need none.
     if not wanted:
         return DataPlace(Path())
     return hub.place(wanted, settings.split) if settings.data == hub.HUB else DataPlace.of(settings.data)
+
+
+def _suites(
+    settings: EvaluateSettings, chosen: Mapping[str, list[str]], data: DataPlace, spec: EmbedderSpec | None, out: str, *, on_cluster: bool
+) -> dict[str, tuple[Suite, list[Task]]]:
+    """Each suite with its tasks, their data read; without mteb."""
+    suites = {}
+    for name, wanted in chosen.items():
+        if name != MTEB:
+            building = Building(settings=settings, data=data, spec=spec, wanted=wanted, scratch=f"{out}/data", on_cluster=on_cluster)
+            suites[name] = suite_of(name), suite_of(name).build(building)
+    return suites
 
 
 def suite_of(name: str) -> Suite:
@@ -127,24 +222,28 @@ def suite_of(name: str) -> Suite:
 
 def contaminated(settings: EvaluateSettings) -> Contamination:
     """The contamination check alone, without a model. Raises ConfigError for a suite whose texts depend on a model."""
-    chosen = {choose([name], SUITES, "llmemb evaluate")[0]: tasks for name, tasks in settings.suites().items()}
-    data = _data(settings, chosen)
-    suites = {}
-    for name, wanted in chosen.items():
-        if name in WITHOUT_DATA:
-            raise ConfigError(f"contamination: {name} has no texts of its own to look for; name other suites")
-        building = Building(settings=settings, data=data, spec=None, wanted=wanted, scratch=settings.out or "evaluation/data", on_cluster=False)
-        suites[name] = suite_of(name), suite_of(name).build(building)
+    chosen = settings.suites()
+    _require_texts(settings, chosen)
+    suites = _suites(settings, chosen, _data(settings, chosen), None, settings.out or "evaluation", on_cluster=False)
     made = _contamination(settings, suites, {name: [task.needs() for task in tasks] for name, (_, tasks) in suites.items()})
     assert made is not None
+    if settings.out:
+        Storage(absolute(settings.out), settings.access).put(CONTAMINATION, json.dumps(made.to_dict(), indent=1, ensure_ascii=False).encode())
     return made
+
+
+def _require_texts(settings: EvaluateSettings, chosen: Mapping[str, list[str]]) -> None:
+    """Raises ConfigError for a suite that contamination is asked of and that has no texts to look for."""
+    without = sorted(set(chosen) & set(WITHOUT_DATA)) if settings.contamination else []
+    if without:
+        raise ConfigError(f"contamination: the texts of {', '.join(without)} are not known here; check other suites, in a command of their own")
 
 
 def _contamination(settings: EvaluateSettings, suites: Mapping[str, tuple[Suite, list[Task]]], needs: Mapping[str, list[list[Any]]]) -> Contamination | None:
     if not settings.contamination:
         return None
     texts = {
-        f"{name} {task.name}": [text for need in wants if isinstance(need, Texts) for text in need.texts]
+        f"{name} {task.name}{' (queries)' if name == 'retrieval' else ''}": [text for need in wants if isinstance(need, Texts) for text in need.texts]
         for name, (_, tasks) in suites.items()
         for task, wants in zip(tasks, needs[name], strict=True)
     }
@@ -158,74 +257,3 @@ def _cluster(settings: EvaluateSettings) -> Iterator[None]:
 
     with connected(settings.ray_address):
         yield
-
-
-def _earlier(storage: Storage, settings: EvaluateSettings, spec: EmbedderSpec) -> Evaluation | None:
-    """The record that stands in OUT. Raises RunMismatch if it is of another space."""
-    if not storage.exists(record.PATH):
-        return None
-    earlier = record.load(storage.url, storage.access)
-    if earlier.space != spec.space.digest:
-        ours = {"commit": spec.model.commit, "adapter": settings.adapter, "representation": spec.representation.to_dict(), "context": _context(spec)}
-        theirs = {"commit": earlier.commit, "adapter": earlier.adapter, "representation": earlier.representation, "context": earlier.context}
-        lines = "\n".join(f"  {name}: there {there!r}, asked for now {here!r}" for name, here, there in differences(ours, theirs))
-        raise RunMismatch(f"out: {storage.url} holds an evaluation in another vector space; name another --out\n{lines}")
-    return earlier
-
-
-def _context(spec: EmbedderSpec) -> dict[str, Any]:
-    return {name: value for name, value in (spec.space.to_dict().get("context") or {}).items() if value is not None}
-
-
-def _record(
-    settings: EvaluateSettings,
-    spec: EmbedderSpec,
-    results: Mapping[str, Mapping[str, Score]],
-    apart: Mapping[str, tuple[str, ...]],
-    vectors: Vectors,
-    seconds: dict[str, float],
-    contamination: Contamination | None,
-    earlier: Evaluation | None,
-    out: str,
-) -> Evaluation:
-    suites = dict(earlier.suites) if earlier else {}
-    details = dict(earlier.details) if earlier else {}
-    for name, scores in results.items():
-        if not scores:
-            raise InputError(f"suite: {name} has no task to evaluate")
-        joins = earlier is not None and all(earlier.protocol.get(key) == getattr(settings, key) for key in PROTOCOL)
-        figures = {task: value for task, value in suites.get(name, {}).items() if joins and task != AVERAGE}
-        figures |= {task: score.main for task, score in scores.items()}
-        averaged = [value for task, value in figures.items() if task not in apart.get(name, ())]
-        suites[name] = figures | ({AVERAGE: float(np.mean(averaged))} if averaged else {})
-        details[name] = (details.get(name, {}) if joins else {}) | {task: score.parts for task, score in scores.items()}
-    if vectors.runs:
-        engine = Run(Storage(absolute(vectors.runs[0]), settings.access)).plan.engine
-    else:
-        here = spec.on(models.default_device() == "cuda")
-        engine = {"backend": here.backend, "compute_dtype": here.compute_dtype, "quantization": here.quantization}
-    counts = {"texts": vectors.counts.wanted, "texts_embedded": vectors.counts.distinct, "tokens": vectors.counts.tokens}
-    return Evaluation(
-        model=settings.model,
-        commit=spec.model.commit,
-        adapter=settings.adapter,
-        parameters=spec.parameters,
-        method=record.method(spec.representation),
-        representation=spec.representation.to_dict(),
-        space=spec.space.digest,
-        context=_context(spec),
-        dimension=spec.dimension,
-        engine={name: engine[name] for name in ("backend", "compute_dtype", "quantization")},
-        suites=suites,
-        details=details,
-        counts=counts,
-        seconds=(earlier.seconds if earlier else {}) | {name: round(value, 2) for name, value in seconds.items()},
-        contamination=contamination.to_dict() if contamination else earlier.contamination if earlier else {},
-        protocol={name: getattr(settings, name) for name in PROTOCOL},
-        settings={name: value for name, value in settings.model_dump(mode="json", exclude={"storage_options"}).items() if name in settings.model_fields_set},
-        versions=planning.versions(),
-        out=out,
-        machine=f"{platform.processor() or platform.machine()}, {platform.system()}",
-        command=command_line(settings, "evaluate"),
-        finished=time.time(),
-    )

@@ -1,7 +1,7 @@
 """Data sets from the Hugging Face hub, laid out in this node's cache as they are read from a directory.
 
-Invariant: what is laid out is whole, of one commit of the hub's repository: it is made beside its place and moved there. Only what the
-suites asked for is fetched.
+Invariant: what is laid out is whole: it is made beside its place and moved there, and ``.commit`` names each file that it was made of with
+the commit of the hub's repository. Only what the suites asked for is fetched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llmemb_ray.errors import ConfigError, InputError
+from llmemb_ray.evaluation import beir
 from llmemb_ray.evaluation.data import DataPlace
 from llmemb_ray.storage import cache_directory
 
@@ -27,11 +28,11 @@ SENTEVAL = "princeton-nlp/datasets-for-simcse", "senteval.tar"
 BEIR = "BeIR"
 """Holds NAME (corpus.jsonl.gz, queries.jsonl.gz) and NAME-qrels (SPLIT.tsv) for each of BEIR's collections."""
 
-COMMIT = ".commit"
+COMMIT, QRELS = ".commit", "qrels"
 
 
 def place(suites: Mapping[str, Sequence[str]], split: str) -> DataPlace:
-    """A directory that holds the data of ``suites`` (names of tasks by suite), fetched where it is not there yet.
+    """A directory that holds the data of ``suites`` (names of tasks by suite), fetched where it is not there yet; collections named by a path are not.
 
     Raises ConfigError for a suite whose files the hub does not hold, InputError for what cannot be fetched.
     """
@@ -39,17 +40,14 @@ def place(suites: Mapping[str, Sequence[str]], split: str) -> DataPlace:
     for suite, tasks in suites.items():
         if suite in ("sts", "transfer"):
             archive = _fetch(*SENTEVAL)
-            _lay_out(root / "senteval" / "downstream", [archive], _unpack)
+            _lay_out(root / "senteval" / "downstream", [archive], [], _unpack)
         elif suite == "retrieval":
             if not tasks:
                 raise ConfigError("suite: name the collections to fetch from the hub, such as retrieval:scifact,nfcorpus")
             for name in tasks:
-                files = [
-                    _fetch(f"{BEIR}/{name}", "corpus.jsonl.gz"),
-                    _fetch(f"{BEIR}/{name}", "queries.jsonl.gz"),
-                    _fetch(f"{BEIR}/{name}-qrels", f"{split}.tsv"),
-                ]
-                _lay_out(root / name, files, _collection)
+                if not beir.is_path(name):
+                    files = [_fetch(f"{BEIR}/{name}", "corpus.jsonl.gz"), _fetch(f"{BEIR}/{name}", "queries.jsonl.gz")]
+                    _lay_out(root / name, files, [_fetch(f"{BEIR}/{name}-qrels", f"{split}.tsv")], _collection)
         else:
             instead = "--suite mteb:STS12,… has the raw pairs" if suite == "sts-raw" else "--suite mteb:Tatoeba has its own form of them"
             raise ConfigError(f"data: the hub does not hold the files of {suite} as they are read here; name a directory with --data, or {instead}")
@@ -58,7 +56,7 @@ def place(suites: Mapping[str, Sequence[str]], split: str) -> DataPlace:
 
 def _fetch(repository: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
@@ -69,18 +67,33 @@ def _fetch(repository: str, name: str) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise InputError(f"data: the hub has no {name} of {repository} for you: {str(error).splitlines()[0]}") from error
+    except HFValidationError as error:
+        raise ConfigError(f"data: {repository} is no name of a data set on the hub; name a directory with --data") from error
 
 
-def _lay_out(directory: Path, files: Sequence[Path], write: Callable[[Sequence[Path], Path], None]) -> None:
-    """Makes ``directory`` of downloaded files, unless it was made of the same ones."""
-    commits = " ".join(file.parent.name for file in files)  # The hub's cache names a snapshot's directory by its commit.
-    if (directory / COMMIT).is_file() and (directory / COMMIT).read_text() == commits:
+def _lay_out(directory: Path, files: Sequence[Path], qrels: Sequence[Path], write: Callable[[Sequence[Path], Path], None]) -> None:
+    """Makes ``directory`` of downloaded files and judgements, unless it was made of the same ones; judgements of other splits stay beside the new ones."""
+    wanted = _commits(files) | _commits(qrels)
+    try:
+        there = dict(line.split() for line in (directory / COMMIT).read_text().splitlines())
+    except (FileNotFoundError, ValueError):  # Nothing, or of a version that wrote commits without names.
+        there = {}
+    if wanted.items() <= there.items():
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        write(files, made)
-        (made / COMMIT).write_text(commits)
+        if qrels and _commits(files).items() <= there.items():
+            shutil.copytree(directory, made, copy_function=os.link, dirs_exist_ok=True)
+            (made / COMMIT).unlink()
+        else:
+            there = {}
+            write(files, made)
+        for file in qrels:
+            (made / QRELS).mkdir(exist_ok=True)
+            (made / QRELS / file.name).unlink(missing_ok=True)  # What is linked there belongs to the old directory too.
+            shutil.copy(file, made / QRELS / file.name)
+        (made / COMMIT).write_text("".join(f"{name} {commit}\n" for name, commit in (there | wanted).items()))
         old = made.with_name(made.name + "-old")
         if directory.exists():
             directory.rename(old)
@@ -88,6 +101,11 @@ def _lay_out(directory: Path, files: Sequence[Path], write: Callable[[Sequence[P
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _commits(files: Sequence[Path]) -> dict[str, str]:
+    """By name: the hub's cache names a snapshot's directory by its commit."""
+    return {file.name: file.parent.name for file in files}
 
 
 def _unpack(files: Sequence[Path], directory: Path) -> None:
@@ -99,11 +117,9 @@ def _unpack(files: Sequence[Path], directory: Path) -> None:
 
 
 def _collection(files: Sequence[Path], directory: Path) -> None:
-    for file in files[:2]:
+    for file in files:
         try:
             with gzip.open(file, "rb") as packed, (directory / file.name.removesuffix(".gz")).open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
         except (OSError, EOFError) as error:
             raise InputError(f"data: {file} cannot be unpacked: {error}; delete it, so that it is fetched again") from error
-    (directory / "qrels").mkdir()
-    shutil.copy(files[2], directory / "qrels" / files[2].name)

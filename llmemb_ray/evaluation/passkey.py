@@ -8,13 +8,14 @@ gets the same facts; only how much filler stands around them is fitted to its to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from llmemb_ray.config.evaluation import PASSKEY_LENGTHS
+from llmemb_ray.config.evaluation import PASSKEY_LENGTHS, EvaluateSettings
+from llmemb_ray.embedders.embedder import EmbedderSpec
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.evaluation.bitext import unit
 from llmemb_ray.evaluation.suite import Building, Floats, Need, Score, Suite, Task, Texts, choose
@@ -58,10 +59,13 @@ class PasskeyTask:
     length: int
     seed: int
     prompter: Prompter = field(repr=False)
-    """Of the document role."""
+    """Of documents, which have no instruction."""
+    left_out: str = ""
+    """Lengths that were not run for want of room, with the way out."""
 
     def needs(self) -> list[Need]:
-        return [Texts(texts=self.documents[0]), Texts(texts=[question(self._names[row]) for row in self._asked], role="query", instruction=INSTRUCTION)]
+        asked = Texts(texts=[question(self._names[row]) for row in self._asked], role="query", instruction=INSTRUCTION)
+        return [Texts(texts=self.documents[0], plain=True), asked]
 
     def score(self, embedded: list[Floats]) -> Score:
         documents, queries = embedded
@@ -69,10 +73,8 @@ class PasskeyTask:
         depths = (self._depths[self._asked] * DEPTHS).astype(int).clip(max=DEPTHS - 1)
         by_depth = [100 * float(right[depths == depth].mean()) if (depths == depth).any() else None for depth in range(DEPTHS)]
         tokens = self.documents[1]
-        return Score(
-            main=100 * float(right.mean()),
-            parts={"tokens_mean": float(tokens.mean()), "tokens_most": int(tokens.max()), "by_depth": by_depth, "queries": QUERIES, "candidates": CANDIDATES},
-        )
+        counts = {"tokens_mean": float(tokens.mean()), "tokens_most": int(tokens.max()), "queries": QUERIES, "candidates": CANDIDATES}
+        return Score(main=100 * float(right.mean()), parts=counts | {"by_depth": by_depth} | ({"left_out": self.left_out} if self.left_out else {}))
 
     @cached_property
     def documents(self) -> tuple[list[str], npt.NDArray[np.int64]]:
@@ -174,18 +176,35 @@ def build(building: Building) -> list[Task]:
     assert longest is not None
     lengths = {name_of(length): length for length in settings.lengths or PASSKEY_LENGTHS}
     wanted = [name_of(int(name)) if name.isdecimal() else name for name in building.wanted]
+    for name in wanted:
+        if name not in lengths and name.lower().removesuffix("k").isdecimal() and name.lower() not in lengths:
+            tokens = int(name[:-1]) * 1024 if name.lower().endswith("k") else int(name)
+            raise ConfigError(f"suite: passkey:{name} is none of the lengths {', '.join(lengths)}; other lengths are set with --lengths {tokens}")
     chosen = {name: lengths[name] for name in choose(wanted, lengths, "passkey")}
+    left_out = ""
     if not wanted and not settings.lengths:
-        chosen = {name: length for name, length in chosen.items() if length <= longest} or chosen
+        room = {name: length for name, length in chosen.items() if length <= longest}
+        if room and room != chosen:
+            names = ", ".join(name for name in chosen if name not in room)
+            left_out = f"{names}: longer than max_tokens {longest}; raise it with --max-tokens (beyond the model's positions together with --rope-theta)"
+        chosen = room or chosen
     way_out = "raise max_tokens (beyond the model's positions together with rope_theta), or name shorter lengths"
     for name, length in chosen.items():
         if length < 1:
             raise ConfigError(f"lengths: {length} is no number of tokens")
         if length > longest:
             raise ConfigError(f"lengths: passkey:{name} has prompts of {length} tokens, max_tokens is {longest}; {way_out}")
-    prompter = building.spec.prompter("document")
-    tasks = [PasskeyTask(name=name, length=length, seed=settings.seed, prompter=prompter) for name, length in chosen.items()]
+    prompter = _plain(building.spec, settings).prompter("document")
+    tasks = [PasskeyTask(name=name, length=length, seed=settings.seed, prompter=prompter, left_out=left_out) for name, length in chosen.items()]
     return list(tasks)
+
+
+def _plain(spec: EmbedderSpec, settings: EvaluateSettings) -> EmbedderSpec:
+    """The embedder of documents: without the user's instruction, which is for queries."""
+    if settings.instruction is None:
+        return spec
+    plain = settings.model_copy(update={"instruction": None}).build_representation()
+    return replace(spec, representation=replace(plain, max_tokens=spec.representation.max_tokens))
 
 
 SUITE = Suite(name="passkey", title="Personalised passkeys: the document with one person's pass key among 100 of a given length", build=build)

@@ -1,7 +1,7 @@
 """What papers published of these suites: data with their sources, and which row stands beside an evaluation.
 
 Invariant: a figure is shown as approximate ('≈') where it was recalled or read off a figure. Nothing here is computed from
-another row; what no paper printed is absent.
+another row; what no paper printed is absent, and so is a row that ours is not comparable with (another split, other texts).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from llmemb_ray.evaluation.record import Evaluation
+from llmemb_ray.representation import templates
 
 FAMILIES = {"opt": r"(?<![a-z])opt(?![a-z])", "llama": "llama", "mistral": "mistral"}
 """Told by a model's name, in lower case."""
@@ -52,6 +53,12 @@ AVERAGED = {
 
 LANGUAGES = 112
 """Languages that a published average of bitext is of."""
+
+SPLIT = "test"
+"""Of the judgements that published figures of retrieval are on."""
+
+_INSTRUCTED = re.compile(r"Instruct: .*\nQuery: \{text\}", re.DOTALL)
+"""The e5 template with an instruction."""
 
 _WORDS = {"sliding_window": "window", "rope_theta": "base", "quantization": "weights"}
 
@@ -120,15 +127,23 @@ def family(model: str) -> str:
 
 def method_of(evaluation: Evaluation) -> str:
     """The method as the papers tell them apart, a key of ``METHODS``."""
-    if evaluation.method == "e5":
+    if _is_e5(evaluation):
         return "e5"
     if evaluation.adapter:
         return "fine-tuned"
-    if evaluation.method == "none":
+    template = evaluation.representation.get("document", {}).get("template", "")
+    if template == templates.NONE:
         return "last" if evaluation.representation.get("pooling", "last") == "last" else "avg"
-    if evaluation.method == "template" and evaluation.representation.get("document", {}).get("template", "").strip() == PROMPT:
+    if template.strip() == PROMPT:
         return "prompt"
-    return evaluation.method if evaluation.method in METHODS else "template"
+    return evaluation.method if evaluation.method in ("prompteol", "prompteol-icl") else "template"
+
+
+def _is_e5(evaluation: Evaluation) -> bool:
+    """Whether prompts end with EOS and have paper 2's form: the setting says so, or a template with an instruction. A bare text with EOS is none."""
+    made = evaluation.representation
+    instructed = any(_INSTRUCTED.fullmatch(made.get(role, {}).get("template", "")) for role in ("document", "query"))
+    return bool(made.get("append_eos")) and (evaluation.settings.get("prompt") == "e5" or instructed)
 
 
 def is_whole(evaluation: Evaluation, suite: str) -> bool:
@@ -137,15 +152,27 @@ def is_whole(evaluation: Evaluation, suite: str) -> bool:
     return len(tasks) >= LANGUAGES if suite == "bitext" else tasks.issuperset(AVERAGED.get(SAME_TASKS.get(suite, suite), ()))
 
 
+def incomparable(evaluation: Evaluation, suite: str) -> dict[str, str]:
+    """Columns that no published figure stands beside, and why: another split, data of another form, the average of other tasks."""
+    found = {}
+    for task, parts in evaluation.details.get(suite, {}).items():
+        split, note = parts.get("split", SPLIT), parts.get("note")
+        if split != SPLIT:
+            found[task] = f"scored on the split {split!r}" + (f"; {note}" if note else "")
+        elif note:
+            found[task] = str(note)
+    return found | ({} if is_whole(evaluation, suite) else {"avg": "of other tasks than the published one"})
+
+
 def nearest(evaluation: Evaluation, suite: str) -> Published | None:
     """The row that an evaluation is to be held against: of its method, then of like settings, then of its family, then of the nearest size.
 
-    None where no figure was published that the evaluation has too.
+    None where no figure was published that the evaluation has too, and that is comparable.
     """
     method, kin, name = method_of(evaluation), family(evaluation.model), _squashed(evaluation.model)
     order = [method, *_NEXT.get(method, ()), "prompteol", "e5"]
-    tasks = evaluation.suites.get(suite, {}).keys() - {"avg"}
-    whole = is_whole(evaluation, suite)
+    apart = incomparable(evaluation, suite)
+    tasks = evaluation.suites.get(suite, {}).keys() - {"avg"} - apart.keys()
 
     def distance(row: Published) -> tuple[Any, ...]:
         size = abs(math.log(row.parameters / evaluation.parameters)) if evaluation.parameters > 0 else 0.0
@@ -157,7 +184,7 @@ def nearest(evaluation: Evaluation, suite: str) -> Published | None:
             _squashed(row.model) not in name,
         )
 
-    return min((row for row in of(suite) if tasks & row.tasks.keys() or (whole and row.avg is not None)), key=distance, default=None)
+    return min((row for row in of(suite) if tasks & row.tasks.keys() or ("avg" not in apart and row.avg is not None)), key=distance, default=None)
 
 
 def _squashed(model: str) -> str:

@@ -18,6 +18,18 @@ PATH = "evaluation.json"
 FORMAT = 1
 
 
+PROTOCOL = {
+    "transfer": ("seed", "classifier", "folds"),
+    "retrieval": ("split", "top_k", "task_instructions"),
+    "passkey": ("seed",),
+    "sts": ("task_instructions",),
+    "sts-raw": ("task_instructions",),
+    "bitext": ("task_instructions",),
+    "mteb": ("task_instructions",),
+}
+"""Settings that decide a suite's figures besides the representation: tasks evaluated under others make no average together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One model under one representation on some suites."""
@@ -43,11 +55,11 @@ class Evaluation:
     details: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Suite → task → further figures (``Score.parts``)."""
     counts: dict[str, int] = field(default_factory=dict)
-    """texts wanted, texts embedded (each once), tokens"""
+    """Of the last command: texts wanted, texts embedded (each once), tokens; documents of retrieval corpora included."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """embed, and each suite's scoring"""
-    protocol: dict[str, Any] = field(default_factory=dict)
-    """Settings of the suites: seed, classifier, folds …"""
+    """embed, of the last command, and each suite's scoring"""
+    protocol: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Suite → its own settings (``PROTOCOL``) and its engine (backend, compute_dtype, quantization)."""
     contamination: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -142,20 +142,29 @@ def measure(judgements: Judgements, ranked: Mapping[str, Sequence[str]], top_k: 
 
 
 def build(building: Building) -> list[Task]:
-    """Tasks of the collections in the data directory that have judgements of the split, and of directories named by their path."""
+    """Tasks of the collections in the data directory that have judgements of the split, of groups of them, and of directories named by their path."""
     split = building.settings.split
     found = beir.find(building.data.root)
     chosen: dict[str, Path] = {}
     if building.wanted:
-        named = [name for name in building.wanted if name in found or not _is_path(name)]
-        chosen = {name: found[name] for name in choose(named, found, "retrieval")} if named else {}
+        folded = {name.casefold() for name in found}
+        named, paths = [], []
         for name in building.wanted:
-            if name not in named:
-                place = Path(name).expanduser()
-                if not place.is_dir():
-                    raise ConfigError(f"suite: retrieval:{name}: there is no such directory")
-                if chosen.setdefault(place.resolve().name, place).resolve() != place.resolve():
-                    raise ConfigError(f"suite: retrieval: {place} and {chosen[place.resolve().name]} have the same name; evaluate them one after the other")
+            members = [other for other in found if name.casefold() in beir.GROUPS and other.startswith(f"{name.casefold()}/")]
+            if members:
+                named += members
+            elif name.casefold() in folded or not beir.is_path(name):
+                named.append(name)
+            else:
+                paths.append(name)
+        chosen = {name: found[name] for name in choose(named, found, "retrieval")} if named else {}
+        for path in paths:
+            given = Path(path).expanduser()
+            if not given.is_dir():
+                raise ConfigError(f"suite: retrieval:{path}: there is no such directory")
+            for name, place in (beir.find(given) if given.resolve().name.casefold() in beir.GROUPS else {beir.name_of(given): given}).items():
+                if chosen.setdefault(name, place).resolve() != place.resolve():
+                    raise ConfigError(f"suite: retrieval: {place} and {chosen[name]} have the same name; evaluate them one after the other")
     else:
         chosen = {name: place for name, place in found.items() if split in beir.splits(place)}
         if not chosen:
@@ -167,8 +176,11 @@ def build(building: Building) -> list[Task]:
     return [_task(building, name, place) for name, place in chosen.items()]
 
 
-def _is_path(name: str) -> bool:
-    return "/" in name or name.startswith((".", "~"))
+def paper_name(name: str) -> str:
+    """Of a collection, or of its group, as paper 2's instructions are listed."""
+    group, _, _ = name.casefold().partition("/")
+    last = name.rpartition("/")[2]
+    return PAPER_NAMES.get(group) or PAPER_NAMES.get(last.casefold(), last)
 
 
 def _task(building: Building, name: str, place: Path) -> RetrievalTask:
@@ -179,7 +191,7 @@ def _task(building: Building, name: str, place: Path) -> RetrievalTask:
         name=name,
         collection=collection,
         documents=None if building.spec is None else beir.prepare(collection, building.scratch, building.settings.access),
-        instruction=instruction(PAPER_NAMES.get(name.split("/")[0].casefold(), name)),
+        instruction=instruction(paper_name(name)),
         top_k=building.settings.top_k,
         on_cluster=building.on_cluster,
     )

@@ -134,7 +134,8 @@ def _pairs(directory: Path, prefix: str, name: str) -> Pairs:
             raise InputError(f"{texts} line {number}: two sentences with a tab between them are wanted, found {lines[number - 1][:80]!r}")
     columns = [lines[number - 1].split("\t") for number in kept]
     numbers = [_number(gold[number - 1], scores, number) for number in kept]
-    return Pairs(left=[_words(parts[0]) for parts in columns], right=[_words(parts[1]) for parts in columns], gold=np.array(numbers))
+    left, right = ([_words(parts[side], texts, number) for parts, number in zip(columns, kept, strict=True)] for side in (0, 1))
+    return Pairs(left=left, right=right, gold=np.array(numbers))
 
 
 def _benchmark(split: str, data: DataPlace, edition: Edition) -> dict[str, Pairs]:
@@ -160,15 +161,18 @@ def _table(path: Path, lines: list[str], *, first: int, left: int, right: int, g
             raise InputError(f"{path} line {number}: {max(left, right, gold) + 1} columns with tabs between them are wanted, found {len(parts)}")
         rows.append(parts)
     return Pairs(
-        left=[_words(parts[left]) for parts in rows],
-        right=[_words(parts[right]) for parts in rows],
+        left=[_words(parts[left], path, number) for number, parts in enumerate(rows, first)],
+        right=[_words(parts[right], path, number) for number, parts in enumerate(rows, first)],
         gold=np.array([_number(parts[gold], path, number) for number, parts in enumerate(rows, first)]),
     )
 
 
-def _words(text: str) -> str:
-    """The words with one blank between them, as SentEval's callers join them."""
-    return " ".join(text.split())
+def _words(text: str, path: Path, line: int) -> str:
+    """The words with one blank between them, as SentEval's callers join them. Raises InputError if there are none."""
+    words = " ".join(text.split())
+    if not words:
+        raise InputError(f"{path} line {line}: a sentence without words, of which no vector can be made; take the pair out of the file, and its score with it")
+    return words
 
 
 def _number(text: str, path: Path, line: int) -> float:

@@ -1,7 +1,8 @@
 """A study: several models under several representations, each pair evaluated, all compared.
 
-Invariant: a pair whose evaluation stands under the same settings is not evaluated again, so that the same command continues a study;
-a pair that fails is told at the end and stops no other. How one pair is evaluated is for the caller to say.
+Invariant: a pair whose evaluation stands under the same settings and in the same space (the same weights) is not evaluated again, so
+that the same command continues a study; of a pair that changed, the record is replaced. A pair that fails is told at the end and stops
+no other. How one pair is evaluated is for the caller to say.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any, get_origin
 import yaml
 
 from llmemb_ray.config import EvaluateSettings
+from llmemb_ray.embedders.embedder import settle
 from llmemb_ray.errors import ConfigError, LlmembError, NotFound, RunFailed
 from llmemb_ray.evaluation import record
 from llmemb_ray.evaluation.compare import Comparison, compare
+from llmemb_ray.evaluation.contamination import Contamination
+from llmemb_ray.evaluation.evaluate import contaminated
 from llmemb_ray.evaluation.record import Evaluation
 from llmemb_ray.storage import Access, Storage, absolute, locate, redact
 from llmemb_ray.written import masked, parse_yaml
@@ -34,7 +38,7 @@ DEFAULT = "default"
 RESULT = "comparison.json"
 
 SETTINGS = "study.json"
-"""In a pair's directory, once it is finished: the settings it was evaluated under."""
+"""In a pair's directory: {"finished": whether its record is whole, "settings": those it is evaluated under}."""
 
 OUT = "evaluation/study"
 
@@ -192,8 +196,9 @@ def _directories(models: Sequence[str]) -> dict[str, str]:
 def run(settings: EvaluateSettings, evaluate: Callable[[EvaluateSettings], Evaluation], say: Say = lambda line: None) -> Comparison:
     """Evaluates the pairs of ``settings.study`` into OUT/MODEL/VARIANT, and compares them in OUT/comparison.json.
 
-    Pairs that failed stand in the comparison's ``failed``. Raises ConfigError for a study that cannot work, before anything is evaluated;
-    RunFailed where no pair has an evaluation.
+    With ``contamination`` the texts of the study's suites are looked for once, into OUT/contamination.json. Pairs that failed stand in the
+    comparison's ``failed``. Raises ConfigError for a study that cannot work and InputError for training files that cannot be read, before
+    anything is evaluated; RunFailed where no pair has an evaluation.
     """
     assert settings.study is not None
     study = load(settings.study, settings)
@@ -201,16 +206,13 @@ def run(settings: EvaluateSettings, evaluate: Callable[[EvaluateSettings], Evalu
     storage = Storage(absolute(settings.out or OUT), settings.access)
     for note in notes:
         say(f"note: {note}")
+    checked = _contamination(chosen, settings)
     made: dict[str, Evaluation] = {}
     failed: dict[str, str] = {}
     for number, pair in enumerate(chosen, 1):
-        place = storage.child(pair.directory)
-        found = _finished(place, pair)
-        say(f"{number}/{len(chosen)} {pair.name}: {'was evaluated before' if found else 'evaluating'}")
+        found = None
         try:
-            if found is None:
-                found = evaluate(pair.settings)
-                place.put(SETTINGS, json.dumps(_decisive(pair.settings), indent=1, ensure_ascii=False).encode())
+            found = _evaluated(storage.child(pair.directory), pair, evaluate, lambda line, head=f"{number}/{len(chosen)} {pair.name}": say(f"{head}: {line}"))
         except LlmembError as error:
             failed[pair.name] = str(error)
         except Exception as error:  # noqa: BLE001 - told at the end; a study of days is not lost for one of its pairs
@@ -223,20 +225,60 @@ def run(settings: EvaluateSettings, evaluate: Callable[[EvaluateSettings], Evalu
     if not made:
         raise RunFailed("study: no pair could be evaluated:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))
     comparison = compare(list(made.values()), names=list(made))
-    comparison = replace(comparison, notes=[*notes, *comparison.notes], failed=failed)
+    contamination = checked.to_dict() if checked else {}
+    comparison = replace(comparison, notes=[*notes, *comparison.notes], failed=failed, contamination=contamination)
     storage.put(RESULT, json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False).encode())
     return comparison
 
 
-def _finished(place: Storage, pair: Pair) -> Evaluation | None:
-    """The evaluation that stands in a pair's directory, if it was made under these settings."""
-    if not place.exists(SETTINGS) or not place.exists(record.PATH):
+def _contamination(chosen: Sequence[Pair], settings: EvaluateSettings) -> Contamination | None:
+    """Of all that the pairs are evaluated on, whatever the model; None where no training file is named."""
+    training = list(dict.fromkeys(file for pair in chosen for file in pair.settings.contamination))
+    if not training:
+        return None
+    suite = list(dict.fromkeys(name for pair in chosen for name in pair.settings.suite))
+    return contaminated(chosen[0].settings.model_copy(update={"contamination": training, "suite": suite, "out": (settings.out or OUT).rstrip("/")}))
+
+
+def _evaluated(place: Storage, pair: Pair, evaluate: Callable[[EvaluateSettings], Evaluation], say: Say) -> Evaluation:
+    """The evaluation that stands in a pair's directory, or a new one. A record that the study did not write is never removed."""
+    settings = _decisive(pair.settings)
+    mark = _mark(place)
+    stands = place.exists(record.PATH)
+    if mark is not None and stands:
+        same = mark.get("settings") == settings
+        earlier = record.load(place.url, pair.settings.access)
+        changed = "its settings" if not same else "its weights or tokenizer" if earlier.space != settle(pair.settings).space.digest else ""
+        if not changed and mark.get("finished"):
+            say("was evaluated before")
+            return earlier
+        if changed:
+            say(f"{changed} changed since it was evaluated, evaluating again")
+            place.delete(record.PATH)
+        else:
+            say("evaluating the rest")
+    else:
+        say("evaluating")
+    if mark is not None or not stands:
+        _put_mark(place, settings, finished=False)
+    found = evaluate(pair.settings.model_copy(update={"contamination": []}))
+    _put_mark(place, settings, finished=True)
+    return found
+
+
+def _mark(place: Storage) -> dict[str, Any] | None:
+    """None where the study has evaluated nothing here."""
+    if not place.exists(SETTINGS):
         return None
     try:
-        before = json.loads(place.read(SETTINGS))
+        found = json.loads(place.read(SETTINGS))
     except ValueError:
-        return None
-    return record.load(place.url, pair.settings.access) if before == _decisive(pair.settings) else None
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _put_mark(place: Storage, settings: dict[str, Any], *, finished: bool) -> None:
+    place.put(SETTINGS, json.dumps({"finished": finished, "settings": settings}, indent=1, ensure_ascii=False).encode())
 
 
 def _decisive(settings: EvaluateSettings) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Texts:
     role: Role = "document"
     instruction: str | None = None
     """Of paper 2 for this task: used where the prompt is e5 and the user gave no instruction."""
+    plain: bool = False
+    """Documents of an asymmetric task: an instruction of the user's is for the queries alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Corpus:
     """A column, or a template such as '{title} {text}'."""
     role: Role = "document"
     instruction: str | None = None
+    plain: bool = True
 
 
 Need: TypeAlias = Texts | Corpus

@@ -6,7 +6,8 @@ Invariant: the published row is shown as its source gives it, with '≈' where i
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llmemb_ray.evaluation import contamination, published
@@ -34,6 +35,33 @@ TEXTS = {"tokenized": "lower-cased, tokenised text (SentEval's files)", "raw": "
 """Editions of the STS sentences, in words."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A suite in five numbers. mean: the suite's own average, which may leave tasks out, or else that of all; None without tasks."""
+
+    tasks: int
+    lowest: float | None
+    median: float | None
+    highest: float | None
+    mean: float | None
+
+    COLUMNS = ("tasks", "lowest", "median", "highest", "mean")
+
+    @classmethod
+    def of(cls, figures: Mapping[str, float]) -> Summary:
+        """figures: by task, and 'avg' if there is one."""
+        values = [figure for task, figure in figures.items() if task != "avg"]
+        if not values:
+            return cls(tasks=0, lowest=None, median=None, highest=None, mean=None)
+        mean = figures["avg"] if "avg" in figures else statistics.fmean(values)
+        return cls(tasks=len(values), lowest=min(values), median=statistics.median(values), highest=max(values), mean=mean)
+
+    @property
+    def cells(self) -> list[str]:
+        """Under ``COLUMNS``."""
+        return [f"{self.tasks:,}", *(published.shown(value) for value in (self.lowest, self.median, self.highest, self.mean))]
+
+
 def lines(evaluation: Evaluation) -> list[str]:
     """The whole evaluation: what was evaluated, its suites, counts and times, contamination."""
     return list(_lines(evaluation))
@@ -58,20 +86,31 @@ def _suite(made: Evaluation, suite: str) -> Iterator[str]:
     tasks = [task for task in made.suites[suite] if task != "avg"]
     yield TITLES.get(suite, suite) + "".join(f"; {TEXTS.get(text, text)}" for text in editions(made, suite))
     row = published.nearest(made, suite)
-    whole = published.is_whole(made, suite)
-    if len(tasks) >= MANY and suite != "mteb":
-        yield from _summed_up(made, suite, tasks, row if whole else None)
+    apart = published.incomparable(made, suite)
+    if is_long(suite, tasks):
+        yield from _summed_up(made, suite, tasks, None if "avg" in apart else row)
     else:
         columns = [*tasks, *(["avg"] if "avg" in made.suites[suite] else [])]
         rows = [["ours", *(published.shown(made.suites[suite].get(task)) for task in columns)]]
         if row is not None:
-            rows.append([f"published: {row.title}", *(counterpart(row, task, whole) for task in columns)])
+            rows.append([f"published: {row.title}", *(counterpart(row, task, apart) for task in columns)])
         yield from table(["", *columns], rows)
     if row is not None:
         yield f"source: {row.source}" + ("; ≈ is recalled, or read off a figure" if row.approximate != "none" else "")
-        if published.SAME_TASKS.get(suite, suite) in published.AVERAGED and not whole:
+        if published.SAME_TASKS.get(suite, suite) in published.AVERAGED and "avg" in apart:
             yield "the published average is of all seven tasks, and has no counterpart here"
+    yield from (f"note: {remark}" for remark in remarks(made, suite))
     yield from _further(made, suite, tasks)
+
+
+def is_long(suite: str, tasks: Sequence[str]) -> bool:
+    """Whether a suite is summed up. tasks: without 'avg'. Those of mteb are of many kinds and always stand one by one."""
+    return len(tasks) >= MANY and suite != "mteb"
+
+
+def remarks(made: Evaluation, suite: str) -> list[str]:
+    """What is to be known of single tasks: why no published figure stands beside one."""
+    return [f"{task}: {why}; no published figure is comparable" for task, why in published.incomparable(made, suite).items() if task != "avg"]
 
 
 def editions(made: Evaluation, suite: str) -> list[str]:
@@ -79,18 +118,18 @@ def editions(made: Evaluation, suite: str) -> list[str]:
     return list(dict.fromkeys(str(parts["text"]) for parts in made.details.get(suite, {}).values() if isinstance(parts.get("text"), str)))
 
 
-def counterpart(row: published.Published, task: str, whole: bool) -> str:
-    """A published figure as shown beside ours. whole: whether our average is of as many tasks as theirs."""
-    return "–" if task == "avg" and not whole else published.shown(row.figure(task), approximate=row.is_approximate(task))
+def counterpart(row: published.Published, task: str, apart: Container[str]) -> str:
+    """A published figure as shown beside ours. apart: columns that are not comparable (``published.incomparable``)."""
+    return "–" if task in apart else published.shown(row.figure(task), approximate=row.is_approximate(task))
 
 
 def _summed_up(made: Evaluation, suite: str, tasks: Sequence[str], row: published.Published | None) -> Iterator[str]:
     figures = made.suites[suite]
     ranked = sorted(tasks, key=lambda task: (figures[task], task))
-    mean = figures.get("avg", statistics.fmean(figures[task] for task in tasks))
-    yield f"mean of {len(tasks):,}: {mean:.2f}, median {statistics.median(figures[task] for task in tasks):.2f}"
+    summary = Summary.of(figures)
+    yield f"mean of {len(tasks):,}: {published.shown(summary.mean)}, median {published.shown(summary.median)}"
     if row is not None:
-        yield f"published: {row.title}: {counterpart(row, 'avg', True)}"
+        yield f"published: {row.title}: {counterpart(row, 'avg', ())}"
     yield "lowest:  " + ", ".join(f"{task} {figures[task]:.2f}" for task in ranked[:EXTREMES])
     yield "highest: " + ", ".join(f"{task} {figures[task]:.2f}" for task in reversed(ranked[-EXTREMES:]))
     yield f"all {len(tasks):,} stand in {PATH} (suites.{suite}) and on the page"

@@ -287,11 +287,12 @@ class TransferTask:
         return _accuracy(found[0].predict(features[test], best), labels[test]), parts | _unconverged(found)
 
     def development(self, rows: int | None = None) -> DevelopmentTask:
-        """The task on its own development data, for choosing a representation without its test rows.
+        """The task on data for choosing a representation, which hold no row of the test split of SST2, TREC and MRPC.
 
-        Its score is the accuracy × 100 of the best strength: on dev for SST2, else the mean over the folds of train. Train of a nested task is that of its
-        first outer fold; each of its ninths is tested in one of the others, for SentEval has no rows of such a task that are never tested. rows: so many
-        training rows (and at most so many of dev), drawn with the seed, each label in its share; None for all. Raises ConfigError as ``folded``.
+        Its score is the accuracy × 100 of the best strength: on dev for SST2, else the mean over the folds of train. A nested task has no rows that are
+        never tested: its train is that of the first of this task's ``folds`` outer folds, and every row of it is a test row of another fold, here and in
+        a task with another number of folds. What was chosen on it has seen most rows that the task is tested on. rows: so many training rows (and at
+        most so many of dev), drawn with the seed, each label in its share; None for all. Raises ConfigError as ``folded``.
         """
         labels = _labels(self.rows)
         train = self.folded(labels, np.arange(len(labels)))[0][0] if self.kind.protocol == "nested" else self._range("train")
@@ -304,7 +305,7 @@ class TransferTask:
 
 @dataclass(frozen=True, kw_only=True)
 class DevelopmentTask:
-    """What ``TransferTask.development`` gives: a task like any other, whose test rows are nowhere in it."""
+    """What ``TransferTask.development`` gives: its splits are train and, for SST2, dev."""
 
     task: TransferTask
 
@@ -319,12 +320,22 @@ class DevelopmentTask:
         """Dev accuracy × 100 of the best strength."""
         task, began = self.task, time.perf_counter()
         features, labels = _features(embedded), _labels(task.rows)
-        train = task._range("train")
-        folds = [(train, task._range("dev"))] if "dev" in task.splits else task.folded(labels, train)
+        folds = self._folds(labels)
         found = task.fit(features, labels, [Fit(train=rows, dev=dev, strengths=task.grid) for rows, dev in folds])
         best, accuracy = task.choose(found)
         parts = {task._strength: task.grid[best], "classifier": task.classifier, "folds": len(folds), "rows": task.splits}
         return Score(main=accuracy, parts=parts | _unconverged(found) | {"seconds": round(time.perf_counter() - began, 2)})
+
+    def check(self) -> None:
+        """Raises ConfigError where the rows are too few for the folds, or a classifier would see one label alone."""
+        labels = _labels(self.task.rows)
+        for train, _ in self._folds(labels):
+            if len(np.unique(labels[train])) < 2:
+                raise ConfigError(f"a classifier of transfer:{self.task.name} would be trained on {len(train)} rows of one label; give more rows")
+
+    def _folds(self, labels: Rows) -> list[tuple[Rows, Rows]]:
+        train = self.task._range("train")
+        return [(train, self.task._range("dev"))] if "dev" in self.task.splits else self.task.folded(labels, train)
 
     def examples(self) -> list[tuple[str, str]]:
         """(text, word of its label) of the training rows, in SentEval's order: candidates for demonstrations.

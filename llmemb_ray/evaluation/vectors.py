@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from llmemb_ray.config import EmbedSettings, EvaluateSettings
 from llmemb_ray.embedders.embedder import EmbedderSpec
-from llmemb_ray.errors import InputError, RejectsExceeded, RunFailed
+from llmemb_ray.errors import InputError, RunFailed
 from llmemb_ray.evaluation.suite import Corpus, Embedded, Floats, Need, Texts
 from llmemb_ray.pipeline import job
 from llmemb_ray.representation.representation import Role
@@ -34,20 +35,23 @@ from llmemb_ray.storage import Storage, absolute
 ROW_GROUP = 8192
 """Rows: units are cut inside row groups."""
 
+ENGINE = ("backend", "compute_dtype", "quantization")
+
 IN_MEMORY_BYTES = 2**30
 """A larger matrix of distinct texts is kept in a temporary file."""
 
-Group = tuple[Role, str | None]
-"""Role and instruction."""
+Group = tuple[Role, str | None, bool]
+"""Role, instruction of the task, and whether one of the user's is left out."""
 
 
 @dataclass
 class Counts:
-    """wanted: texts asked for; distinct: texts embedded; tokens: of their prompts"""
+    """wanted: texts asked for; distinct: texts embedded; tokens: of their prompts; seconds: that embedding took. Corpora included."""
 
     wanted: int = 0
     distinct: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
 
 class Vectors:
@@ -59,7 +63,8 @@ class Vectors:
         self._rows: dict[Group, dict[str, int]] = {}
         self._matrices: dict[Group, Floats] = {}
         self.counts = Counts()
-        self.runs: list[str] = []
+        self.engine: dict[str, Any] | None = None
+        """Of the runs: ``ENGINE``."""
 
     @contextmanager
     def embedded(self, needs: Iterable[Need]) -> Iterator[Vectors]:
@@ -87,7 +92,7 @@ class Vectors:
 
     def _group(self, need: Texts | Corpus) -> Group:
         taken = self._settings.prompt == "e5" and self._settings.representation is None and self._settings.instruction is None
-        return need.role, need.instruction if taken and self._settings.task_instructions else None
+        return need.role, need.instruction if taken and self._settings.task_instructions else None, need.plain and self._settings.instruction is not None
 
     def _matrix(self, group: Group, texts: list[str], path: Path) -> Floats:
         run = self._run_of_texts(group, texts)
@@ -117,26 +122,30 @@ class Vectors:
             table = pa.table({"id": pa.array(range(len(texts)), pa.int64()), "text": pa.array(texts, pa.string())})
             pq.write_table(table, sink, row_group_size=ROW_GROUP, compression="zstd")
             corpus.put(f"{name}.parquet", sink.getvalue().to_pybytes())
-        try:
-            return self._embed(settings, [f"{self._out}/texts/{name}.parquet"], name, max_reject_rate=0, reject_floor=0)
-        except RejectsExceeded as error:
-            run = Run(Storage(absolute(f"{self._out}/vectors/{name}"), self._settings.access))
-            reject = next(run.rejects()).to_pylist()[0]
+        run = self._embed(settings, [f"{self._out}/texts/{name}.parquet"], name, max_reject_rate=1)
+        for rejects in run.rejects():
+            reject = rejects.to_pylist()[0]
             text = texts[reject["source_row"]]
-            raise InputError(f"a text cannot be embedded, so that its task has no score: {text[:80]!r}: {reject['reason']}: {reject['detail']}") from error
+            raise InputError(f"a text cannot be embedded, so that its task has no score: {text[:80]!r}: {reject['reason']}: {reject['detail']}")
+        return run
 
     def _corpus(self, need: Corpus) -> Run:
         settings = self._job(self._group(need), normalize=None)
-        if need.instruction is None:
-            settings.pop("instruction", None)  # The user's is for queries: documents stay plain (paper 2).
         name = f"{need.name}-{self._name(settings, digest([need.files, need.text_column]))}"
-        return self._embed(settings, need.files, name, text_column=need.text_column, max_reject_rate=1)
+        run = self._embed(settings, need.files, name, text_column=need.text_column, max_reject_rate=1)
+        assert run.receipt is not None
+        self.counts.wanted += run.receipt.rows_read
+        self.counts.distinct += run.receipt.rows_embedded
+        self.counts.tokens += run.receipt.tokens
+        return run
 
     def _job(self, group: Group, *, normalize: bool | None) -> dict[str, Any]:
         """The settings of a job that embeds a group, without input and output. normalize: None leaves it as it is set."""
         settings = self._settings
         given: dict[str, Any] = {name: getattr(settings, name) for name in settings.model_fields_set & EmbedSettings.model_fields.keys()}
-        role, instruction = group
+        role, instruction, plain = group
+        if plain:
+            given.pop("instruction", None)
         return given | {"role": role} | ({"instruction": instruction} if instruction else {}) | ({} if normalize is None else {"normalize": normalize})
 
     def _name(self, job_settings: dict[str, Any], texts: str) -> str:
@@ -146,14 +155,16 @@ class Vectors:
         if representation.max_tokens is None:
             representation = replace(representation, max_tokens=self._spec.representation.max_tokens)
         space = replace(self._spec, representation=representation).space
-        engine = {name: getattr(made, name) for name in ("backend", "compute_dtype", "quantization")}
+        engine = {name: getattr(made, name) for name in ENGINE}
         return digest([texts, space.to_dict(), engine, made.role])[:16]
 
     def _embed(self, settings: dict[str, Any], files: Sequence[str], name: str, **more: Any) -> Run:
         output = f"{self._out}/vectors/{name}"
         storage = Storage(absolute(output), self._settings.access)
-        self.runs.append(output)
-        if storage.exists(RECEIPT) and (run := Run(storage)).receipt is not None:
-            return run
-        job.run(EmbedSettings.make(settings | {"input": list(files), "output": output, "id_column": "id"} | more))
-        return Run(storage)
+        started = time.monotonic()
+        if not storage.exists(RECEIPT) or Run(storage).receipt is None:
+            job.run(EmbedSettings.make(settings | {"input": list(files), "output": output, "id_column": "id"} | more))
+        run = Run(storage)
+        self.counts.seconds += time.monotonic() - started
+        self.engine = {name: run.plan.engine[name] for name in ENGINE}
+        return run

@@ -1,17 +1,21 @@
 """Prompts to an OpenAI-compatible endpoint, several at once.
 
 Invariant: a prompt is sent until it is answered, refused, or ``retries`` times in vain; what passes (overload, time-outs)
-is told apart from what stays (a refusal). The key goes into the request's header and nowhere else. The first prompt goes
-alone, so that a wrong address, key or model name costs one request.
+is told apart from what stays (a refusal), and a refusal is handed on only once it is known to be the prompt's own and not
+the account's or the settings'. The key goes into the request's header and nowhere else. The first prompt goes alone, so
+that a wrong address, key or model name costs one request.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
+import re
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from llmemb_ray.errors import ConfigError, RunFailed
@@ -27,8 +31,30 @@ NO_KEY = "none"
 FAILURES_IN_A_ROW = 20
 """Prompts that fail one after another, each retried, before the whole is given up."""
 
-WRONG_FOR_ALL = (401, 403, 404)
-"""HTTP status codes that mean key or model name, not the prompt."""
+ALONE = 3
+"""Prompts that may be refused one after another, with no answer before, until the settings are taken to be at fault and not the prompts."""
+
+WAYS_OUT = {
+    401: f"check {KEY}",
+    402: "check the balance of the account",
+    403: f"check {KEY}",
+    404: "check the name of llm and the path of base_url (most end in /v1)",
+    405: "check the path of base_url (most end in /v1)",
+}
+"""HTTP status codes that mean key, account, model name or address, not the prompt."""
+
+FILTERED = re.compile(
+    r"content[ _-]?(filter|policy|management)|requires moderation|rejected .{0,20}\bsafety system|(input|prompt|content|request) (was |has been )?flagged",
+    re.IGNORECASE,
+)
+"""How the content filters of OpenAI, Azure and OpenRouter say that a prompt is not answered."""
+
+FILTER_STATUS = (400, 403, 422, 451)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Doubtful(Answer):
+    """A refusal that may mean its prompt, or the settings: other prompts tell."""
 
 
 class Endpoint:
@@ -68,19 +94,42 @@ class Endpoint:
         return f"{self._llm} at {redact(self._url).rstrip('/')}, temperature {self._temperature}, at most {self._max_new_tokens} tokens"
 
     def generate(self, prompts: Iterable[str]) -> Iterator[tuple[int, Answer]]:
-        """See Generator. Leaving the iteration begins no more requests."""
+        """See Generator. Leaving the iteration begins no more requests.
+
+        Refusals wait until a prompt after them is answered, or all were asked; those of a row that ends the whole are never handed on.
+        """
         numbered = iter(enumerate(prompts))
-        first = next(numbered, None)
-        if first is None:
-            return
-        answer = self._ask(first[1], alone=True)
-        yield first[0], answer
-        failures = int(answer.text is None)
-        for number, answer in self._spread(numbered):
-            failures = failures + 1 if answer.text is None else 0
-            yield number, answer
+        waiting: list[tuple[int, Answer]] = []
+        failures, answered = 0, False
+        for number, answer in itertools.chain(self._first(numbered), self._spread(numbered)):
+            if answer.text is not None:
+                yield from waiting
+                waiting, failures, answered = [], 0, True
+                yield number, answer
+                continue
+            failures += 1
+            if answer.passing:
+                yield number, answer
+            else:
+                waiting.append((number, answer))
             if failures >= FAILURES_IN_A_ROW:
                 raise RunFailed(f"{self._where}: {failures} prompts in a row failed, the last with: {answer.problem}; the same command asks again")
+        yield from (one for one in waiting if answered or not isinstance(one[1], _Doubtful))
+        doubtful = [answer for _, answer in waiting if isinstance(answer, _Doubtful)]
+        if doubtful and not answered:
+            raise RunFailed(f"{self._where}: no prompt was answered, the last was refused with: {doubtful[-1].problem}; the same command asks again")
+
+    def _first(self, numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Answer]]:
+        """The first prompt, and others while the endpoint refuses them. Raises ConfigError where it refuses ``ALONE`` or all."""
+        answer: Answer | None = None
+        for number, prompt in itertools.islice(numbered, ALONE):
+            answer = self._ask(prompt, alone=True)
+            yield number, answer
+            if not isinstance(answer, _Doubtful):
+                return
+        if answer is not None:
+            way_out = "check the settings; a sentence that is refused for its own sake must be left out"
+            raise ConfigError(f"llm: {self._where} refuses {self._llm} with every prompt, the last with: {answer.problem}; {way_out}")
 
     def _spread(self, numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Answer]]:
         """Answers by ``concurrency`` threads, which wait while nobody takes what they have."""
@@ -131,7 +180,7 @@ class Endpoint:
             if limit_name == "max_tokens" and error.status_code == 400 and "max_completion_tokens' instead" in str(error):
                 self._limit_name = "max_completion_tokens"  # OpenAI's newer models want it so; other servers know only the older name.
                 return self._ask(prompt, alone=alone)
-            return self._failed(error)
+            return self._failed(error, alone)
         except openai.APIConnectionError as error:
             problem = self._masked(f"{error.message} ({error.__cause__})" if error.__cause__ else error.message)
             if alone:
@@ -140,15 +189,18 @@ class Endpoint:
         except (openai.APIError, ValueError) as error:  # A body that is no JSON.
             return Answer(problem=f"answered with something that is no chat completion: {self._masked(str(error))}", passing=True)
 
-    def _failed(self, error: Any) -> Answer:
+    def _failed(self, error: Any, alone: bool) -> Answer:
         status, said = error.status_code, self._masked(str(error))
-        if status in WRONG_FOR_ALL:
-            way_out = "check the name of llm and the path of base_url (most end in /v1)" if status == 404 else f"check {KEY}"
-            raise ConfigError(f"llm: {self._where} refuses {self._llm}: {said}; {way_out}") from None
-        if status == 400 and error.param == "temperature":
+        if status in FILTER_STATUS and FILTERED.search(str(error)):
+            return Answer(problem=said)
+        if status in WAYS_OUT:
+            raise ConfigError(f"llm: {self._where} refuses {self._llm}: {said}; {WAYS_OUT[status]}") from None
+        named = error.param == "temperature" or (alone and "temperature" in str(error).lower())
+        if status in (400, 422) and named and self._temperature is not None:
             raise ConfigError(f"temperature: {self._where} refuses it: {said}; leave it to the endpoint with --set temperature=null") from None
-        passing = status in (408, 409, 429) or status >= 500
-        return Answer(problem=said, passing=passing, retries=self._client.max_retries if passing else 0)
+        if status in (408, 409, 429) or status >= 500:
+            return Answer(problem=said, passing=True, retries=self._client.max_retries)
+        return _Doubtful(problem=said)
 
     @property
     def _where(self) -> str:

@@ -31,7 +31,7 @@ class LocalSpec:
     """A model to generate with, settled: every process that gets this loads the same files.
 
     asking: chat by the model's chat template, plain for a continuation, auto: chat where there is a template
-    max_new_tokens: of an answer
+    max_new_tokens: of an answer; compute_dtype: auto is settled by the device of the process that loads the model
     """
 
     source: ModelSource
@@ -46,8 +46,8 @@ class LocalSpec:
     def name(self) -> str:
         commit = self.source.commit.removeprefix("sha256:")[:12]
         asking = "" if self.asking == "auto" else f", asked {self.asking}"
-        dtype = "" if self.compute_dtype == "auto" else f", {self.compute_dtype}"
-        return f"{redact(self.source.name)} at {commit}{dtype}{asking}, greedy, at most {self.max_new_tokens} tokens"
+        dtype = models.resolve_dtype(self.compute_dtype, models.default_device())
+        return f"{redact(self.source.name)} at {commit}, {dtype}{asking}, greedy, at most {self.max_new_tokens} tokens"
 
 
 class LocalGenerator:

@@ -58,13 +58,14 @@ def test_prompts_are_told_apart_by_the_order_of_their_demonstrations(tmp_path: P
 
 def test_another_search_is_refused_with_what_differs(tmp_path: Path) -> None:
     identity = {"exam": {"name": "STS-B dev", "size": 10}, "space": {"model": "sha256:1"}}
-    assert not board(tmp_path).check(identity)
-    board(tmp_path).claim(identity | {"engine": {"compute_dtype": "float32"}})
-    assert board(tmp_path).check(identity)
+    assert not board(tmp_path).check(identity, {})
+    board(tmp_path).claim(identity, {"compute_dtype": "float32", "quantization": "none"})
+    assert board(tmp_path).check(identity, {})
+    assert board(tmp_path).check(identity, {"quantization": "none"})
     with pytest.raises(RunMismatch, match=r"(?s)name another directory with out.*space.model: this search 'sha256:2', the directory 'sha256:1'"):
-        board(tmp_path).check(identity | {"space": {"model": "sha256:2"}})
+        board(tmp_path).check(identity | {"space": {"model": "sha256:2"}}, {})
     with pytest.raises(RunMismatch, match=r"engine.compute_dtype: this search 'bfloat16', the directory 'float32'"):
-        board(tmp_path).claim(identity | {"engine": {"compute_dtype": "bfloat16"}})
+        board(tmp_path).claim(identity, {"compute_dtype": "bfloat16", "quantization": "none"})
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"size": 3}', '{"demonstrations": [{"wort": "x"}], "size": 1, "seed": 1, "score": 1}'])

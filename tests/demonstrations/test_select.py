@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from scipy.stats import spearmanr
 
 from llmemb_ray.config import DemosSelectSettings
 from llmemb_ray.demonstrations import leaderboard
-from llmemb_ray.demonstrations.scoring import drawn
+from llmemb_ray.demonstrations.scoring import Examiner, Trial, drawn, sts_exam, tokenize
 from llmemb_ray.demonstrations.select import Selection, select
-from llmemb_ray.embedders.embedder import Embedder
-from llmemb_ray.errors import ConfigError, InputError, RunMismatch
+from llmemb_ray.embedders.embedder import Embedder, settle
+from llmemb_ray.errors import ConfigError, InputError, RunFailed, RunMismatch
 from llmemb_ray.evaluation import transfer
 from llmemb_ray.evaluation.data import DataPlace
+from llmemb_ray.pipeline import pool
 from llmemb_ray.representation import Demonstration, Representation, templates
 from llmemb_ray.representation.cleaning import clean
 from llmemb_ray.storage import Storage
 from tests.s3_server import S3Server
+from tests.small_models import make_adapter
 
 WORDS = ["man", "woman", "dog", "guitar", "horse", "plays", "rides", "eats", "sees", "a", "the", "red", "fast", "slowly"]
 CANDIDATES = [
@@ -63,8 +66,7 @@ def search(place: Path, model: Path) -> Callable[..., Selection]:
         values = {"model": str(model), "actors": "0", "data": str(place / "data"), "out": out if "://" in out else str(place / out), "token_budget": 256}
         if not str(changes.get("for_", "")).startswith("transfer"):
             values["candidates"] = str(place / "candidates.jsonl")
-        share = changes.pop("share", True)
-        return select(DemosSelectSettings.make(values | changes), share=share)
+        return select(DemosSelectSettings.make(values | changes))
 
     return run
 
@@ -108,11 +110,40 @@ def test_scores_are_those_of_plain_inference(search: Callable[..., Selection], p
     assert "Equestrian" in page
 
 
-def test_computing_the_demonstrations_with_every_text_changes_no_score(search: Callable[..., Selection]) -> None:
-    shared, alone = search("shared"), search("alone", share=False)
-    assert scores(shared) == pytest.approx(scores(alone), abs=0.4)
+def test_computing_the_demonstrations_with_every_text_changes_no_score(place: Path, model: Path) -> None:
+    spec = settle(DemosSelectSettings.make({"model": str(model), "candidates": "x", "out": "x", "token_budget": 256}))
+    exam, embedder = sts_exam(DataPlace(place / "data"), raw=False, seed=1), Embedder(spec)
+    rows, trial = tokenize(spec, exam.texts), Trial((Demonstration(*CANDIDATES[0]), Demonstration(*CANDIDATES[5])), exam.size)
+    shared, alone = (Examiner(exam=exam, base=spec.representation, rows=rows, share=share)(embedder, trial) for share in (True, False))
+    assert shared.score == pytest.approx(alone.score, abs=0.4)
     assert alone.computed == alone.tokens == shared.tokens
     assert shared.computed < 0.6 * shared.tokens
+
+
+def test_actors_give_the_scores_of_this_process(search: Callable[..., Selection]) -> None:
+    cluster = {"actors": "2", "cpus_per_actor": 0.5, "ray_address": "local"}
+    there, here = search("there", **cluster), search("here")
+    assert (there.scored, there.zero_shot) == (len(CANDIDATES) + 1, pytest.approx(here.zero_shot, abs=0.4))
+    assert scores(there) == pytest.approx(scores(here), abs=0.4)
+
+
+def test_what_killed_the_actors_is_named_and_the_search_goes_on(search: Callable[..., Selection], monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    whole, run = search("whole"), pool._Alone.run
+
+    def killed_at_three(*arguments: Any) -> Iterator[Any]:
+        for number, outcome in run(*arguments):
+            if number == 3:
+                raise RunFailed("an actor died 3 times at item 3: out of memory")
+            yield number, outcome
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool._Alone, "run", killed_at_three)
+        with pytest.raises(
+            RunFailed, match=r"(?s)item 3: out.*⇒ Leaving, or.*The 3 scores .* stand in .*/killed, .*leave the candidate out of .*candidates\.jsonl"
+        ):
+            search("killed")
+    resumed = search("killed")
+    assert (resumed.found, scores(resumed)) == (3, scores(whole))
 
 
 def test_a_search_that_was_stopped_goes_on(search: Callable[..., Selection], monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
@@ -155,6 +186,16 @@ def test_another_exam_or_model_is_refused_before_a_model_is_loaded(search: Calla
     monkeypatch.setattr("llmemb_ray.demonstrations.select.pool", None)
     with pytest.raises(RunMismatch, match=r"space\.representation\.pooling: this search 'mean', the directory 'last'"):
         search(pooling="mean")
+    for changes in ({"quantization": "nf4"}, {"compute_dtype": "bfloat16"}):
+        ((name, value),) = changes.items()
+        with pytest.raises(RunMismatch, match=rf"engine\.{name}: this search '{value}', the directory '(none|float32)'"):
+            search(**changes)
+    assert search(compute_dtype="float32", quantization="none").scored == 0
+    record = place / "out" / "search.json"
+    record.write_text(record.read_text(encoding="utf-8").replace('"backend": "hf"', '"backend": "vllm"'), encoding="utf-8")
+    assert search().scored == 0
+    with pytest.raises(RunMismatch, match=r"engine\.backend: this search 'hf', the directory 'vllm'"):
+        search(backend="hf")
     dev = place / "data" / "STS" / "STSBenchmark" / "sts-dev.csv"
     dev.write_text(dev.read_text(encoding="utf-8").replace("guitar", "flute"), encoding="utf-8")
     with pytest.raises(RunMismatch, match=r"exam\.digest"):
@@ -166,7 +207,7 @@ def test_halving_scores_less_and_is_compared_with_the_full_search(search: Callab
     assert [(step["candidates"], step["items"]) for step in halved.rounds] == [(6, 5), (3, 10), (2, 20)]
     assert halved.scored == 1 + 6 + 3 + 2
     assert halved.agreement is None
-    full = search(halving_first=4)
+    full = search()
     assert full.scored == len(CANDIDATES) - 2
     assert full.agreement is not None
     order, survivor = list(scores(full)), next(iter(scores(halved)))
@@ -177,6 +218,7 @@ def test_halving_scores_less_and_is_compared_with_the_full_search(search: Callab
 
 def test_prompts_of_two_lengthen_the_best_of_one(search: Callable[..., Selection]) -> None:
     single, double = search(), search(demos_per_prompt=2, beam=2)
+    assert single.agreement is None  # Nothing was halved.
     heads = {row.demonstrations for row in single.ranking[:2]}
     pairs = {row.demonstrations for row in double.ranking if len(row.demonstrations) == 2}
     assert double.scored == len(pairs) == 2 * (len(CANDIDATES) - 1)
@@ -196,6 +238,22 @@ def test_a_demonstration_that_leaves_no_room_is_told_and_comes_last(search: Call
     (place / "candidates.jsonl").write_text(json.dumps({"sentence": "word " * 400, "word": "Long"}) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="none of the 1 candidates can be scored: max_tokens"):
         search()
+
+
+def test_the_command_that_is_printed_embeds_with_the_winner(
+    search: Callable[..., Selection], model: Path, corpus: Path, place: Path, llmemb: Callable[..., Any]
+) -> None:
+    adapter = make_adapter(model, place / "an adapter")
+    selection = search(max_tokens=300, rope_theta=1e5, adapter=str(adapter), compute_dtype="float32", demos_per_prompt=1)
+    *_, last = selection.lines(3)
+    words = shlex.split(last.removeprefix("embed with it: llmemb "))
+    assert words[words.index("--adapter") + 1] == str(adapter)
+    assert selection.to_dict()["embed"] in last
+    run = [{"INPUT": str(corpus), "OUTPUT": str(place / "vectors")}.get(word, word) for word in words]
+    shown = llmemb(*run, "--actors", "0")
+    assert shown.code == 0, shown.err
+    bare = [word for word in run if word not in ("--rope-theta", "100000.0")]
+    assert "max_tokens" in llmemb(*bare, "--actors", "0", "--overwrite").err
 
 
 def test_transfer_draws_one_example_of_each_label(search: Callable[..., Selection], place: Path) -> None:
@@ -228,10 +286,24 @@ def test_transfer_scores_are_those_of_the_task_itself(search: Callable[..., Sele
         ({"prompt": "e5"}, "demonstrations are chosen for prompteol"),
         ({"draws": 5}, "draws: not used with for sts"),
         ({"for_": "transfer:MR", "candidates": "x"}, "candidates: not used with for transfer:MR"),
-        ({"for_": "transfer:MRR"}, "no task 'MRR'; nearest: MR"),
+        ({"for_": "transfer:NR"}, "for: 'transfer:NR' names no task to choose for; give one of transfer:MR, transfer:CR, transfer:SUBJ"),
+        ({"for_": "transfer:"}, "for: 'transfer:' names no task"),
+        ({"for_": "transfer:sst2", "folds": 3}, "folds: not used with for transfer:sst2"),
+        ({"beam": 2}, "beam: does nothing with one demonstration"),
+        ({"halving_first": 4}, "halving_first: does nothing without halving"),
+        ({"role": "query"}, "role: .* for both roles"),
+        ({"halving": True, "halving_first": 20}, r"halving_first: the first sample is 1 of 20 items: the gold scores .* Set a smaller --halving-first"),
+        (
+            {"for_": "transfer:MR", "examples": 40, "halving": True},
+            "halving_first: the first sample is 5 of 40 items: folds: 5 are too many for the 5 rows .* smaller --halving-first or more --examples",
+        ),
+        ({"for_": "transfer:MR", "examples": 20, "folds": 15}, "folds: 15 are too many for the 20 rows"),
         ({"candidates": None}, "llmemb demos build makes them"),
     ],
 )
-def test_settings_that_cannot_work(changes: dict[str, Any], message: str, search: Callable[..., Selection]) -> None:
+def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(
+    changes: dict[str, Any], message: str, search: Callable[..., Selection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmemb_ray.demonstrations.select.pool", None)
     with pytest.raises(ConfigError, match=message):
         search(**changes)

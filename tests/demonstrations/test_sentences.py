@@ -31,6 +31,14 @@ def write(path: Path, texts: list[Any], column: str = "sentence") -> str:
     return str(path)
 
 
+def test_a_column_that_parquet_encodes_as_a_dictionary_is_read(tmp_path: Path) -> None:
+    table = pa.table({"sentence": pa.array([*TEXTS, None]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "s.parquet")
+    assert pa.types.is_dictionary(pq.read_schema(tmp_path / "s.parquet").field("sentence").type)
+    read = read_sentences(str(tmp_path / "s.parquet"))
+    assert (read.sentences, read.empty) == (EXPECTED, 2)
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "csv", "tsv"])
 def test_every_kind_of_file_gives_its_distinct_sentences(tmp_path: Path, kind: str) -> None:
     read = read_sentences(write(tmp_path / f"s.{kind}", TEXTS))
@@ -75,6 +83,9 @@ def test_bad_files_are_named(tmp_path: Path, name: str, text: str, column: str |
 def test_a_column_of_numbers_and_missing_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"column sentence of .* holds int64"):
         read_sentences(write(tmp_path / "s.parquet", [1, 2]))
+    pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r"column text of .* holds dictionary<values=int64"):
+        read_sentences(str(tmp_path / "d.parquet"))
     with pytest.raises(InputError, match=r"sts-train\.csv"):
         read_sentences("stsb-train", data=str(tmp_path))
     (tmp_path / "STSBenchmark").mkdir()

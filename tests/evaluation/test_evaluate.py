@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
 
@@ -67,6 +68,25 @@ def test_vectors_that_are_there_are_used_again_and_suites_join_the_record(tmp_pa
     assert again.suites["sts"].keys() == {"STS-B", "SICK-R", "avg"}
 
 
+def test_figures_of_another_protocol_are_replaced_and_only_those(tmp_path: Path, model: Path, place: Path) -> None:
+    said: list[str] = []
+    evaluate.run(settings(model, place, tmp_path / "out", suite=["sts:STS-B"]))
+    other = evaluate.run(settings(model, place, tmp_path / "out", suite=["sts:SICK-R"], folds=5, top_k=50), say=said.append)
+    assert other.suites["sts"].keys() == {"STS-B", "SICK-R", "avg"}, "folds are none of STS's settings"
+    third = evaluate.run(settings(model, place, tmp_path / "out", suite=["sts:SICK-R"], compute_dtype="bfloat16"), say=said.append)
+    assert third.suites["sts"].keys() == {"SICK-R", "avg"}
+    assert any("made otherwise (compute_dtype float32 → bfloat16) and are replaced" in line for line in said)
+    assert third.protocol["sts"] == {"backend": "hf", "compute_dtype": "bfloat16", "quantization": "none"}
+
+
+def test_a_suite_that_fails_costs_no_other_its_figures(tmp_path: Path, model: Path, place: Path) -> None:
+    (place / "tatoeba.deu-eng.deu").write_text("ein Mann\n")
+    (place / "tatoeba.deu-eng.eng").write_text("a man\n")
+    with pytest.raises(InputError, match="not to be had on this machine"):
+        evaluate.run(settings(model, place, tmp_path / "out", suite=["bitext:deu", "mteb:CQADupstackAndroidRetrieval"]))
+    assert record.load(str(tmp_path / "out")).suites["bitext"]["deu"] == 100
+
+
 def test_another_representation_is_refused_with_what_differs(tmp_path: Path, model: Path, place: Path) -> None:
     evaluate.run(settings(model, place, tmp_path / "out", suite=["sts:STS-B"]))
     with pytest.raises(RunMismatch, match=r"another vector space[\s\S]*representation\.pooling: there 'last', asked for now 'mean'"):
@@ -97,7 +117,7 @@ def test_instructions_of_tasks_make_runs_of_their_own_and_documents_stay_plain(t
     with vectors.embedded(needs):
         matrices = [vectors.of(need) for need in needs]
         run = vectors.of(Corpus(name="docs", files=[str(corpus)]))
-    assert len(vectors.runs) == 4
+    assert len(list((tmp_path / "out" / "vectors").iterdir())) == 4
     for matrix, need in zip(matrices, needs, strict=True):
         assert isinstance(matrix, np.ndarray)
         alone = Embedder.load(str(model), prompt="e5", role=need.role, normalize=False, **({"instruction": need.instruction} if need.instruction else {}))
@@ -108,13 +128,18 @@ def test_instructions_of_tasks_make_runs_of_their_own_and_documents_stay_plain(t
 
 
 def test_an_instruction_of_the_users_is_for_queries_not_for_a_corpus(tmp_path: Path, model: Path) -> None:
-    chosen = settings(model, tmp_path, tmp_path / "out", prompt="e5", instruction="Find it", role="query", suite=["sts"])
+    chosen = settings(model, tmp_path, tmp_path / "out", prompt="e5", instruction="Find it", suite=["sts"])
     corpus = write(tmp_path / "docs.parquet", SENTENCES[:3], id=["a", "b", "c"])
     vectors = Vectors(chosen, evaluate.settle(chosen), str(tmp_path / "out"))
-    with vectors.embedded([Texts(texts=["one"], role="query")]):
+    with vectors.embedded([Texts(texts=["a question"], role="query"), Texts(texts=["a document"], plain=True), Texts(texts=["of both kinds"])]):
         vectors.of(Corpus(name="docs", files=[str(corpus)]))
-    templates = [getattr(opened(Path(run)).plan.representation, role).template for run, role in zip(vectors.runs, ("query", "document"), strict=True)]
-    assert templates == ["Instruct: Find it\nQuery: {text}", "{text}"]
+    templates = {}
+    for path in (tmp_path / "out" / "vectors").iterdir():
+        plan = opened(path).plan
+        texts = pq.read_table(plan.files[0].url)["text"].to_pylist()
+        templates[texts[0]] = getattr(plan.representation, plan.settings["role"]).template
+    instructed = "Instruct: Find it\nQuery: {text}"
+    assert templates == {"a question": instructed, "a document": "{text}", "of both kinds": instructed, SENTENCES[0]: "{text}"}
 
 
 def test_a_text_that_cannot_be_embedded_is_told(tmp_path: Path, model: Path, place: Path) -> None:

@@ -220,7 +220,9 @@ def test_given_splits_against_a_plain_loop(classifier: Any, fit: Predict, grid: 
     assert task.development().score([features[:190]]).main == dev
 
 
-def test_development_data_hold_no_test_row(small: Path) -> None:
+def test_development_data_are_train_or_for_want_of_it_all_but_the_first_outer_fold(small: Path) -> None:
+    with pytest.raises(ConfigError, match="a classifier of transfer:SST2 would be trained on 1 rows of one label"):
+        load("SST2", DataPlace(small)).development(1).check()
     trec = load("TREC", DataPlace(small))
     (need,) = trec.development().needs()
     assert need.texts == [row.text for row in trec.rows[:120]]  # type: ignore[union-attr]

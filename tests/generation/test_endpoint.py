@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from llmemb_ray.errors import ConfigError, RunFailed
-from llmemb_ray.generation.endpoint import FAILURES_IN_A_ROW, Endpoint
+from llmemb_ray.generation.endpoint import ALONE, FAILURES_IN_A_ROW, Endpoint
+from llmemb_ray.generation.generator import Answer
 from tests.generation.chat_server import ChatServer, Reply, completion, fault
 from tests.ray_cluster import free_port
 
@@ -53,6 +54,7 @@ def test_overload_is_tried_again_and_counted() -> None:
 def test_what_stays_is_told_apart_from_what_passes() -> None:
     replies: dict[str, Reply] = {
         "refused": (400, fault("content management policy")),
+        "flagged": (403, fault("the model requires moderation, and your input was flagged")),
         "overloaded": (503, fault(f"no room for {SECRET}")),
         "page": (200, b"<html>a proxy's page</html>"),
         "hollow": (200, {"object": "chat.completion", "choices": []}),
@@ -63,7 +65,7 @@ def test_what_stays_is_told_apart_from_what_passes() -> None:
         prompts = ["first", *replies]
         answers = {prompts[number]: answer for number, answer in Endpoint("tiny", base_url=server.url, retries=1).generate(prompts)}
     assert {name for name, answer in answers.items() if answer.passing} == {"overloaded", "page", "hollow"}
-    assert {name for name, answer in answers.items() if answer.text is None} == {"overloaded", "page", "hollow", "refused", "null"}
+    assert {name for name, answer in answers.items() if answer.text is None} == {"overloaded", "page", "hollow", "refused", "flagged", "null"}
     assert "content management policy" in str(answers["refused"].problem)
     assert server.asked["refused"] == 1
     assert server.asked["overloaded"] == 2
@@ -77,6 +79,9 @@ def test_what_stays_is_told_apart_from_what_passes() -> None:
         ((401, fault(f"bad key {SECRET}")), "OPENAI_API_KEY"),
         ((404, fault("no such model")), "name of llm"),
         ((400, fault("Unsupported value: 'temperature'", code="unsupported_value", param="temperature")), "temperature=null"),
+        ((400, fault("temperature does not support 0.0 with this model")), "temperature=null"),
+        ((402, fault("Insufficient balance")), "balance of the account"),
+        ((405, fault("Method Not Allowed")), "path of base_url"),
     ],
 )
 def test_what_is_wrong_for_every_prompt_stops_at_the_first(reply: Reply, named: str) -> None:
@@ -84,6 +89,40 @@ def test_what_is_wrong_for_every_prompt_stops_at_the_first(reply: Reply, named: 
         list(Endpoint("tiny", base_url=server.url).generate(["one", "two", "three"]))
     assert sum(server.asked.values()) == 1
     assert SECRET not in str(caught.value)
+
+
+def handed_on(endpoint: Endpoint, count: int) -> tuple[dict[int, Answer], str]:
+    """(answers by number of the prompt, what the endpoint said when it gave up)"""
+    answers: dict[int, Answer] = {}
+    try:
+        for number, answer in endpoint.generate(map(str, range(count))):
+            answers[number] = answer
+    except (ConfigError, RunFailed) as error:
+        return answers, str(error)
+    return answers, ""
+
+
+@pytest.mark.parametrize(("status", "count", "requests"), [(400, 50, ALONE), (413, 50, ALONE), (422, 1, 1)])
+def test_an_endpoint_that_refuses_the_first_prompts_all_is_at_fault_not_they(status: int, count: int, requests: int) -> None:
+    with ChatServer(lambda *_: (status, fault("top_logprobs must be given"))) as server:
+        answers, said = handed_on(Endpoint("tiny", base_url=server.url), count)
+    assert (answers, sum(server.asked.values())) == ({}, requests)
+    assert "top_logprobs must be given" in said
+
+
+def test_a_refusal_stays_with_its_prompt_where_others_are_answered() -> None:
+    refused = {"0", "1", "7", "28", "29"}
+    with ChatServer(lambda prompt, _: (422, fault("too long")) if prompt in refused else "Word") as server:
+        answers, said = handed_on(Endpoint("tiny", base_url=server.url), 30)
+    assert (len(answers), said) == (30, "")
+    assert {str(number) for number, answer in answers.items() if answer.text is None and not answer.passing} == refused
+
+
+def test_refusals_of_a_row_that_ends_the_whole_are_not_handed_on() -> None:
+    with ChatServer(lambda prompt, _: "Word" if int(prompt) < 5 else (400, fault("the free tier is used up"))) as server:
+        answers, said = handed_on(Endpoint("tiny", base_url=server.url), 100)
+    assert {number: answer.text for number, answer in answers.items()} == dict.fromkeys(range(5), "Word")
+    assert "the free tier is used up" in said
 
 
 def test_an_address_where_nothing_listens_is_named() -> None:

@@ -30,7 +30,15 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(path: Path, **changes: Any) -> LocalSpec:
-    return LocalSpec(source=models.resolve(str(path)), max_new_tokens=6, compute_dtype="float32", **changes)
+    return LocalSpec(**{"source": models.resolve(str(path)), "max_new_tokens": 6, "compute_dtype": "float32"} | changes)
+
+
+def test_the_name_tells_the_precision_that_the_device_gives(plain: Path) -> None:
+    import torch
+
+    names = {dtype: spec(plain, compute_dtype=dtype).name for dtype in ("auto", "float32", "bfloat16")}
+    assert names["float32"] != names["bfloat16"]
+    assert names["auto"] == names["bfloat16" if torch.cuda.is_available() else "float32"]
 
 
 def greedy(path: Path, text: str, new: int, *, special: bool) -> str:

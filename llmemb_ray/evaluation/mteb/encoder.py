@@ -1,8 +1,8 @@
 """mteb's EncoderProtocol over whatever embeds texts.
 
 Invariant: a text is embedded under the representation of the embedder, but for what paper 2's evaluation does by task:
-the task's instruction where prompt e5 has none of the user's, and no normalisation for classification. Equal texts of
-one call are embedded once. Nothing is asked of the hub.
+the task's instruction where prompt e5 has none of the user's, documents of asymmetric tasks without the user's, and no
+normalisation for classification. Equal texts of one call are embedded once. Nothing is asked of the hub.
 """
 
 from __future__ import annotations
@@ -50,17 +50,25 @@ class Encoder:
     >>> mteb.evaluate(Encoder.of(Embedder.load("facebook/opt-125m")), mteb.get_task("STS12"))  # doctest: +SKIP
     """
 
-    def __init__(self, embeds: Embeds, *, name: str | None = None, task_instructions: bool | None = None, role: Role = "document") -> None:
+    def __init__(
+        self, embeds: Embeds, *, name: str | None = None, task_instructions: bool | None = None, plain_documents: bool | None = None, role: Role = "document"
+    ) -> None:
         """name: of the model in mteb's results, ORGANISATION/MODEL; default: from the spec.
         task_instructions: put each task's instruction before its texts; default: if the representation is that of prompt e5 without one.
+        plain_documents: leave the instruction out before documents of asymmetric tasks (paper 2: queries alone have one); default: if the
+        representation is that of prompt e5 with an instruction on both sides.
         role: of texts that a task calls neither query nor document.
         """
         self._embeds, self._role = embeds, role
         self._spec = spec = embeds.spec
         self.task_instructions = is_bare_e5(spec.representation) if task_instructions is None else task_instructions
+        self.plain_documents = is_instructed_e5(spec.representation) if plain_documents is None else plain_documents
+        self.rejected = 0
+        """Documents so far that the embedding job rejected; they are no result of any query."""
         self.blank = 0
         """Texts so far without a character but white space; their vector is zero, as there is nothing to embed."""
-        self.mteb_model_meta = model_meta(spec, name=name or model_name(spec), task_instructions=self.task_instructions)
+        changed = {"task_instructions": self.task_instructions, "plain_documents": self.plain_documents}
+        self.mteb_model_meta = model_meta(spec, name=name or model_name(spec), **changed)
 
     @classmethod
     def of(cls, embedder: Embedder, **options: Any) -> Encoder:
@@ -90,6 +98,8 @@ class Encoder:
         representation = self._spec.representation
         if task_metadata.type in UNNORMALISED_TYPES:
             representation = replace(representation, normalize=False)
+        if self.plain_documents and prompt_type == "document" and not is_symmetric(task_metadata):
+            return replace(representation, document=replace(representation.document, template=templates.NONE))
         found = task_instruction(task_metadata, prompt_type) if self.task_instructions else None
         if found is None:
             return representation
@@ -117,6 +127,19 @@ def is_bare_e5(representation: Representation) -> bool:
     return representation.append_eos and representation.query.template == representation.document.template == templates.NONE
 
 
+def is_instructed_e5(representation: Representation) -> bool:
+    """Whether this is prompt e5 with an instruction that documents have as well."""
+    before, after = templates.E5_QUERY.split("{instruction}")
+    template = representation.document.template
+    return template == representation.query.template and template.startswith(before) and template.endswith(after)
+
+
+def is_symmetric(task_metadata: Any) -> bool:
+    """Whether both sides of one of mteb's tasks have its instruction."""
+    found = instructions.find(task_metadata.name, task_metadata.type)
+    return found.symmetric if found is not None else instructions.symmetric(task_metadata.type)
+
+
 def task_instruction(task_metadata: Any, prompt_type: Any = None) -> TaskInstruction | None:
     """Paper 2's instruction of one of mteb's tasks; for a task that it does not name, the one that mteb has."""
     found = instructions.find(task_metadata.name, task_metadata.type)
@@ -135,13 +158,14 @@ def model_name(spec: EmbedderSpec) -> str:
     return name if spec.model.kind == "hub" and "/" in name else f"llmemb/{posixpath.basename(name)}"
 
 
-def revision(spec: EmbedderSpec, *, task_instructions: bool) -> str:
+def revision(spec: EmbedderSpec, *, task_instructions: bool, plain_documents: bool) -> str:
     """Commit and space, cut to 12 digits each, and what else decides a result: mteb takes results of the same revision for the same."""
     parts = [spec.model.commit.removeprefix("sha256:")[:12], spec.space.digest[:12], spec.compute_dtype]
-    return "-".join(parts + ([spec.quantization] if spec.quantization != "none" else []) + (["instructed"] if task_instructions else []))
+    parts += [spec.quantization] if spec.quantization != "none" else []
+    return "-".join(parts + ["instructed"] * task_instructions + ["plain-documents"] * plain_documents)
 
 
-def model_meta(spec: EmbedderSpec, *, name: str, task_instructions: bool) -> Any:
+def model_meta(spec: EmbedderSpec, *, name: str, task_instructions: bool, plain_documents: bool) -> Any:
     """mteb's ModelMeta; what nobody has told it stands as unknown."""
     meta = library().models.ModelMeta
     unknown = dict.fromkeys(("release_date", "languages", "n_parameters", "memory_usage_mb", "license", "open_weights"))
@@ -149,7 +173,7 @@ def model_meta(spec: EmbedderSpec, *, name: str, task_instructions: bool) -> Any
     return meta(
         loader=None,
         name=name,
-        revision=revision(spec, task_instructions=task_instructions),
+        revision=revision(spec, task_instructions=task_instructions, plain_documents=plain_documents),
         max_tokens=spec.representation.max_tokens,
         embed_dim=spec.dimension,
         framework=["PyTorch"],

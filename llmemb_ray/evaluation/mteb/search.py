@@ -23,6 +23,7 @@ from llmemb_ray.embedders.embedder import EmbedderSpec
 from llmemb_ray.errors import InputError
 from llmemb_ray.evaluation.mteb.encoder import Embeds, Encoder
 from llmemb_ray.evaluation.suite import Floats
+from llmemb_ray.evaluation.vectors import ROW_GROUP
 from llmemb_ray.representation import Representation, Role
 from llmemb_ray.representation.space import digest
 from llmemb_ray.search import exact
@@ -31,9 +32,6 @@ from llmemb_ray.storage import Storage, absolute
 
 FILE_ROWS = 250_000
 """Documents in one Parquet file of a corpus: some 100 MB of text."""
-
-ROW_GROUP = 8192
-"""Rows: units are cut inside row groups."""
 
 _SAID_BY_THE_REPRESENTATION = {"representation", "prompt", "demo", "instruction", "clean", "role", *Representation.__dataclass_fields__}
 
@@ -110,7 +108,9 @@ class Searcher(Encoder):
         """
         assert self._indexed is not None, "mteb indexes before it searches"
         if top_ranked is None and len(self._indexed.documents) >= self._job_documents:
-            return self._search_run(self._run(self._indexed), queries, top_k=top_k, **asked)
+            run = self._run(self._indexed)
+            self.rejected += sum(commit.rejected for commit in run.commits)
+            return self._search_run(run, queries, top_k=top_k, **asked)
         from mteb.models.search_wrappers import SearchEncoderWrapper
 
         wrapper = SearchEncoderWrapper(self)
@@ -161,7 +161,7 @@ class Searcher(Encoder):
         self._put_down()
         with tempfile.TemporaryDirectory(prefix="llmemb-mteb-") as directory:
             given |= {"representation": str(representation.save(directory)), "input": [corpus], "output": output, "id_column": "id", "text_column": "text"}
-            job.run(EmbedSettings.make(given))
+            job.run(EmbedSettings.make(given | {"max_reject_rate": 1}))  # As in retrieval: rejects are counted and are no results.
         return Run(Storage(absolute(output), self._settings.access))
 
     def _write(self, indexed: _Indexed) -> str:

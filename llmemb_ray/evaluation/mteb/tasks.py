@@ -74,6 +74,7 @@ def run_suite(
             job_documents=settings.mteb_job_documents,
             put_down=standby.put_down,
             task_instructions=instructed,
+            plain_documents=settings.instruction is not None,
             role=settings.role,
         )
         return run_tasks(model, tasks, Storage(absolute(f"{out}/{DIRECTORY}"), settings.access), say=say)
@@ -87,12 +88,12 @@ def run_tasks(model: Any, tasks: Iterable[Any], kept: Storage, *, say: Callable[
         cache = mteb.ResultCache(cache_path=directory)
         there = _fetch(kept, Path(directory))
         for task in tasks:
-            before = model.blank
+            before = model.blank, model.rejected
             try:
                 result = _run(mteb, model, task, cache)
             finally:
                 _keep(kept, Path(directory), there)
-            scores[task.metadata.name] = score = _score(task, result, blank=model.blank - before)
+            scores[task.metadata.name] = score = _score(task, result, blank=model.blank - before[0], rejected=model.rejected - before[1])
             say(f"mteb {task.metadata.name}: {score.main:.2f}")
     return scores
 
@@ -137,13 +138,15 @@ def _load(task: Any) -> None:
         ) from error
 
 
-def _score(task: Any, result: Any, *, blank: int) -> Score:
+def _score(task: Any, result: Any, *, blank: int, rejected: int) -> Score:
     subsets = {f"{split}/{entry['hf_subset']}": 100 * float(entry["main_score"]) for split, entries in result.scores.items() for entry in entries}
     parts: dict[str, Any] = {"type": task.metadata.type, "metric": task.metadata.main_score}
     if len(subsets) > 1:
         parts["subsets"] = subsets
     if blank:
         parts["blank_texts"] = blank
+    if rejected:
+        parts["rejected_documents"] = rejected
     return Score(main=100 * float(result.get_score()), parts=parts)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
-from typing import Any
 
-from llmemb_ray.evaluation import contamination, published
-from llmemb_ray.evaluation.compare import Comparison
-from llmemb_ray.evaluation.text import MANY, TEXTS, TITLES, counterpart, editions
+from llmemb_ray.evaluation import published
+from llmemb_ray.evaluation.compare import Comparison, contaminations
+from llmemb_ray.evaluation.text import TEXTS, TITLES, Summary, counterpart, editions, is_long, remarks
 from llmemb_ray.reporting import document
 from llmemb_ray.reporting.evaluation.charts import charts
 from llmemb_ray.storage import Storage
@@ -36,6 +34,7 @@ class Table:
     columns: list[str]
     lines: list[Line]
     texts: list[str]
+    remarks: list[str]
     sources: list[str]
     approximate: bool
     folded: tuple[list[str], list[Line]] | None = None
@@ -57,7 +56,7 @@ def render(comparison: Comparison) -> str:
         tables=[_table(suite, comparison) for suite in comparison.suites],
         methods=published.METHODS,
         method_of=published.method_of,
-        contaminated=_contaminated(comparison),
+        contaminated=contaminations(comparison),
         title=comparison.rows[0].name if len(evaluations) == 1 else f"{len(evaluations)} evaluations",
     )
 
@@ -66,17 +65,22 @@ def _table(suite: str, comparison: Comparison) -> Table:
     columns = comparison.suites[suite]
     ours = [Line(name=row.name, cells=[published.shown(row.figures[suite].get(column)) for column in columns], ours=True) for row in comparison.rows]
     ours = _with_best(ours, [[row.figures[suite].get(column) for column in columns] for row in comparison.rows])
-    rows = {id(row): (row, published.is_whole(made, suite)) for made in comparison.evaluations if (row := published.nearest(made, suite)) is not None}
+    rows: dict[int, tuple[published.Published, frozenset[str]]] = {}
+    for made in comparison.evaluations:
+        if (row := published.nearest(made, suite)) is not None:
+            apart = frozenset(published.incomparable(made, suite))
+            rows[id(row)] = row, rows[id(row)][1] & apart if id(row) in rows else apart
     theirs = [
-        Line(name=row.title, cells=[counterpart(row, column, whole) for column in columns], ours=False, source=row.source) for row, whole in rows.values()
+        Line(name=row.title, cells=[counterpart(row, column, apart) for column in columns], ours=False, source=row.source) for row, apart in rows.values()
     ]
-    many = len(columns) > MANY and suite != "mteb"
+    many = is_long(suite, [column for column in columns if column != "avg"])
     return Table(
         suite=suite,
         title=TITLES.get(suite, suite),
-        columns=["tasks", "lowest", "median", "highest", "mean"] if many else columns,
+        columns=list(Summary.COLUMNS) if many else columns,
         lines=_summed_up(suite, comparison, theirs, columns) if many else [*ours, *theirs],
         texts=list(dict.fromkeys(TEXTS.get(text, text) for made in comparison.evaluations for text in editions(made, suite))),
+        remarks=list(dict.fromkeys(remark for made in comparison.evaluations for remark in remarks(made, suite))),
         sources=list(dict.fromkeys(line.source for line in theirs)),
         approximate=any(row.approximate != "none" for row, _ in rows.values()),
         folded=(columns, ours) if many else None,
@@ -100,18 +104,7 @@ def _with_best(lines: list[Line], figures: list[list[float | None]]) -> list[Lin
 
 def _summed_up(suite: str, comparison: Comparison, theirs: list[Line], columns: list[str]) -> list[Line]:
     """A suite of very many tasks; of a published row its average stands."""
-    lines = []
-    for row in comparison.rows:
-        figures = [figure for task, figure in row.figures[suite].items() if task != "avg"]
-        values = (min(figures), statistics.median(figures), max(figures), row.figures[suite].get("avg", statistics.fmean(figures))) if figures else (None,) * 4
-        lines.append(Line(name=row.name, cells=[f"{len(figures):,}", *(published.shown(value) for value in values)], ours=True))
+    lines = [Line(name=row.name, cells=Summary.of(row.figures[suite]).cells, ours=True) for row in comparison.rows]
     average = columns.index("avg") if "avg" in columns else None
     lines += [Line(name=line.name, cells=["–", "–", "–", "–", line.cells[average]], ours=False, source=line.source) for line in theirs if average is not None]
     return lines
-
-
-def _contaminated(comparison: Comparison) -> list[tuple[str, Any]]:
-    """(name, what was found) of the evaluations that were checked."""
-    return [
-        (row.name, contamination.from_dict(made.contamination)) for row, made in zip(comparison.rows, comparison.evaluations, strict=True) if made.contamination
-    ]
