@@ -45,14 +45,15 @@ check: $(READY)  ## lint and types
 	$(BIN)/mypy
 
 test: $(READY) $(VLLM_READY)  ## unit and end-to-end tests, on transformers and on the real vLLM
-	$(BIN)/pytest -m 'not vllm'
+	$(BIN)/pytest -m 'not vllm' --numprocesses 2 --dist loadfile
 	if [ -e $(VLLM_VENV)/.unavailable ]; then echo "SKIPPED the tests on vLLM, which cannot be installed here:"; cat $(VLLM_VENV)/.unavailable; \
 	else $(VLLM_VENV)/bin/python -m pytest -m vllm; fi
 
-soak: $(READY)   ## the long proofs, about an hour; their records go to benchmarks/records
+soak: $(READY)   ## the long proofs, an hour and more; their records go to benchmarks/records
 	$(BIN)/python benchmarks/memory.py plan 50000
 	$(BIN)/python benchmarks/memory.py rows 100000 1000000
 	$(BIN)/python benchmarks/memory.py rows 10000000 --kill
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/demonstrations.py
 
 docs: $(READY)   ## write docs/reference.md from the commands
 	$(BIN)/python docs/make_reference.py

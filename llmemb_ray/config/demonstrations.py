@@ -84,7 +84,7 @@ class DemosBuildSettings(ActorSettings):
             raise ValueError("dictionary_count: does nothing without a dictionary; count is for sentences")
         of_stsb = [name in STSB_TRAIN for name in self.sentences]
         if self.sentence_column is not None and all(of_stsb):
-            raise ValueError(f"sentence_column: {' and '.join(self.sentences)} have columns of their own; leave it out")
+            raise ValueError(f"sentence_column: is for files with columns, not for {' and '.join(self.sentences)}; leave it out")
         if self.data is not None and not any(of_stsb):
             raise ValueError(f"data: only {' and '.join(STSB_TRAIN)} are looked for there; leave it out")
         return self

@@ -114,7 +114,7 @@ def build(settings: DemosBuildSettings, say: Say = lambda _: None) -> Built:
     if candidates:
         write_candidates(out, candidates, settings.access)
     if sources and not summed_up:
-        written = f"{redact(out)} holds only the {len(candidates):,} candidates from elsewhere" if candidates else f"{redact(out)} is not written"
+        written = f"{redact(out)} holds its other {len(candidates):,} candidates" if candidates else f"{redact(out)} is not written"
         way_out = "raise max_new_tokens" if "cut off" in dropped else "ask another model"
         raise RunFailed(f"none of {len(sources):,} answers is one word ({_counts(dropped)}), see {redact(rejects_url)}; {written}; {way_out}")
     return Built(

@@ -166,11 +166,12 @@ def _notes(evaluations: Sequence[Evaluation], names: Sequence[str], suites: dict
 
 
 def _differing(suite: str, what: str, values: Sequence[str], names: Sequence[str]) -> Iterator[str]:
-    """values: by name; empty where a record does not tell, which is no difference."""
-    if len(set(values) - {""}) > 1:
-        by_value: dict[str, list[str]] = {}
-        for value, name in zip(values, names, strict=True):
-            by_value.setdefault(value or "not told", []).append(name)
+    """values: by name; empty where a record does not tell or a setting does not apply, which is no difference."""
+    by_value: dict[str, list[str]] = {}
+    for value, name in zip(values, names, strict=True):
+        if value:
+            by_value.setdefault(value, []).append(name)
+    if len(by_value) > 1:
         yield f"{suite}: {what} differs: " + "; ".join(f"{value} ({', '.join(alike)})" for value, alike in by_value.items())
 
 
@@ -192,8 +193,8 @@ def _lines(found: Comparison) -> Iterator[str]:
         yield f"note: {note}"
     for pair, why in found.failed.items():
         yield f"failed: {pair}: {why}"
-    for names, checked in contaminations(found):
-        yield ""
+    for place, (names, checked) in enumerate(contaminations(found)):
+        yield from ([""] if place or found.notes or found.failed else [])
         yield from ([f"{names}:"] if names else [])
         yield from checked.lines()
 

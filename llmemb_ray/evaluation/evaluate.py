@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import platform
 import posixpath
 import time
@@ -25,7 +26,7 @@ from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, InputError, RunMismatch
 from llmemb_ray.evaluation import hub, record
 from llmemb_ray.evaluation.contamination import Contamination, check
-from llmemb_ray.evaluation.data import DataPlace
+from llmemb_ray.evaluation.data import VARIABLE, DataPlace
 from llmemb_ray.evaluation.mteb import tasks as mteb_tasks
 from llmemb_ray.evaluation.record import Evaluation
 from llmemb_ray.evaluation.suite import Building, Score, Suite, Task, Texts
@@ -199,7 +200,8 @@ def _data(settings: EvaluateSettings, chosen: Mapping[str, list[str]]) -> DataPl
     wanted = {name: tasks for name, tasks in wanted.items() if tasks or not chosen[name]}  # Collections that are named by their directories need none.
     if not wanted:
         return DataPlace(Path())
-    return hub.place(wanted, settings.split) if settings.data == hub.HUB else DataPlace.of(settings.data)
+    named = settings.data or os.environ.get(VARIABLE)
+    return hub.place(wanted, settings.split) if named == hub.HUB else DataPlace.of(named)
 
 
 def _suites(

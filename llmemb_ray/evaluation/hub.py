@@ -28,7 +28,7 @@ SENTEVAL = "princeton-nlp/datasets-for-simcse", "senteval.tar"
 BEIR = "BeIR"
 """Holds NAME (corpus.jsonl.gz, queries.jsonl.gz) and NAME-qrels (SPLIT.tsv) for each of BEIR's collections."""
 
-COMMIT, QRELS = ".commit", "qrels"
+COMMIT = ".commit"
 
 
 def place(suites: Mapping[str, Sequence[str]], split: str) -> DataPlace:
@@ -40,14 +40,16 @@ def place(suites: Mapping[str, Sequence[str]], split: str) -> DataPlace:
     for suite, tasks in suites.items():
         if suite in ("sts", "transfer"):
             archive = _fetch(*SENTEVAL)
-            _lay_out(root / "senteval" / "downstream", [archive], [], _unpack)
+            _lay_out(root / "senteval" / "downstream", [archive], _unpack)
         elif suite == "retrieval":
             if not tasks:
                 raise ConfigError("suite: name the collections to fetch from the hub, such as retrieval:scifact,nfcorpus")
             for name in tasks:
                 if not beir.is_path(name):
                     files = [_fetch(f"{BEIR}/{name}", "corpus.jsonl.gz"), _fetch(f"{BEIR}/{name}", "queries.jsonl.gz")]
-                    _lay_out(root / name, files, [_fetch(f"{BEIR}/{name}-qrels", f"{split}.tsv")], _collection)
+                    judgements = _fetch(f"{BEIR}/{name}-qrels", f"{split}.tsv")
+                    _lay_out(root / name, files, _collection)
+                    _add_judgements(root / name, judgements)
         else:
             instead = "--suite mteb:STS12,… has the raw pairs" if suite == "sts-raw" else "--suite mteb:Tatoeba has its own form of them"
             raise ConfigError(f"data: the hub does not hold the files of {suite} as they are read here; name a directory with --data, or {instead}")
@@ -71,29 +73,15 @@ def _fetch(repository: str, name: str) -> Path:
         raise ConfigError(f"data: {repository} is no name of a data set on the hub; name a directory with --data") from error
 
 
-def _lay_out(directory: Path, files: Sequence[Path], qrels: Sequence[Path], write: Callable[[Sequence[Path], Path], None]) -> None:
-    """Makes ``directory`` of downloaded files and judgements, unless it was made of the same ones; judgements of other splits stay beside the new ones."""
-    wanted = _commits(files) | _commits(qrels)
-    try:
-        there = dict(line.split() for line in (directory / COMMIT).read_text().splitlines())
-    except (FileNotFoundError, ValueError):  # Nothing, or of a version that wrote commits without names.
-        there = {}
-    if wanted.items() <= there.items():
+def _lay_out(directory: Path, files: Sequence[Path], write: Callable[[Sequence[Path], Path], None]) -> None:
+    """Makes ``directory`` of downloaded files, unless it was made of the same ones."""
+    if _commits(files).items() <= _there(directory).items():
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        if qrels and _commits(files).items() <= there.items():
-            shutil.copytree(directory, made, copy_function=os.link, dirs_exist_ok=True)
-            (made / COMMIT).unlink()
-        else:
-            there = {}
-            write(files, made)
-        for file in qrels:
-            (made / QRELS).mkdir(exist_ok=True)
-            (made / QRELS / file.name).unlink(missing_ok=True)  # What is linked there belongs to the old directory too.
-            shutil.copy(file, made / QRELS / file.name)
-        (made / COMMIT).write_text("".join(f"{name} {commit}\n" for name, commit in (there | wanted).items()))
+        write(files, made)
+        _note(made, _commits(files))
         old = made.with_name(made.name + "-old")
         if directory.exists():
             directory.rename(old)
@@ -101,6 +89,32 @@ def _lay_out(directory: Path, files: Sequence[Path], qrels: Sequence[Path], writ
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _add_judgements(directory: Path, file: Path) -> None:
+    """Those of one split, beside those of other splits."""
+    there = _there(directory)
+    if _commits([file]).items() <= there.items():
+        return
+    (directory / "qrels").mkdir(exist_ok=True)
+    made = directory / "qrels" / f".{file.name}-{os.getpid()}"
+    shutil.copy(file, made)
+    os.replace(made, directory / "qrels" / file.name)
+    _note(directory, there | _commits([file]))
+
+
+def _note(directory: Path, commits: Mapping[str, str]) -> None:
+    made = directory / f"{COMMIT}-{os.getpid()}"
+    made.write_text("".join(f"{name} {commit}\n" for name, commit in commits.items()))
+    os.replace(made, directory / COMMIT)
+
+
+def _there(directory: Path) -> dict[str, str]:
+    """What ``_note`` wrote; nothing where no one did, or an earlier version that left out the names."""
+    try:
+        return dict(line.split() for line in (directory / COMMIT).read_text().splitlines())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _commits(files: Sequence[Path]) -> dict[str, str]:

@@ -177,7 +177,7 @@ def build(building: Building) -> list[Task]:
     lengths = {name_of(length): length for length in settings.lengths or PASSKEY_LENGTHS}
     wanted = [name_of(int(name)) if name.isdecimal() else name for name in building.wanted]
     for name in wanted:
-        if name not in lengths and name.lower().removesuffix("k").isdecimal() and name.lower() not in lengths:
+        if name.lower() not in lengths and name.lower().removesuffix("k").isdecimal():
             tokens = int(name[:-1]) * 1024 if name.lower().endswith("k") else int(name)
             raise ConfigError(f"suite: passkey:{name} is none of the lengths {', '.join(lengths)}; other lengths are set with --lengths {tokens}")
     chosen = {name: lengths[name] for name in choose(wanted, lengths, "passkey")}

@@ -159,10 +159,7 @@ def build(building: Building) -> list[Task]:
                 paths.append(name)
         chosen = {name: found[name] for name in choose(named, found, "retrieval")} if named else {}
         for path in paths:
-            given = Path(path).expanduser()
-            if not given.is_dir():
-                raise ConfigError(f"suite: retrieval:{path}: there is no such directory")
-            for name, place in (beir.find(given) if given.resolve().name.casefold() in beir.GROUPS else {beir.name_of(given): given}).items():
+            for name, place in _at(path).items():
                 if chosen.setdefault(name, place).resolve() != place.resolve():
                     raise ConfigError(f"suite: retrieval: {place} and {chosen[name]} have the same name; evaluate them one after the other")
     else:
@@ -174,6 +171,15 @@ def build(building: Building) -> list[Task]:
                 + (f"there are {there}: set --split" if found else f"looked for {'; or '.join(layout.files for layout in beir.LAYOUTS)}")
             )
     return [_task(building, name, place) for name, place in chosen.items()]
+
+
+def _at(path: str) -> dict[str, Path]:
+    """The collection, or those of the group, in a directory."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        raise ConfigError(f"suite: retrieval:{path}: there is no such directory")
+    members = beir.find(place) if place.resolve().name.casefold() in beir.GROUPS else {}
+    return members or {beir.name_of(place): place}
 
 
 def paper_name(name: str) -> str:

@@ -171,7 +171,7 @@ def _words(text: str, path: Path, line: int) -> str:
     """The words with one blank between them, as SentEval's callers join them. Raises InputError if there are none."""
     words = " ".join(text.split())
     if not words:
-        raise InputError(f"{path} line {line}: a sentence without words, of which no vector can be made; take the pair out of the file, and its score with it")
+        raise InputError(f"{path} line {line}: a sentence without words, of which no vector can be made; take the pair out")
     return words
 
 

@@ -7,6 +7,7 @@ no other. How one pair is evaluated is for the caller to say.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -212,7 +213,7 @@ def run(settings: EvaluateSettings, evaluate: Callable[[EvaluateSettings], Evalu
     for number, pair in enumerate(chosen, 1):
         found = None
         try:
-            found = _evaluated(storage.child(pair.directory), pair, evaluate, lambda line, head=f"{number}/{len(chosen)} {pair.name}": say(f"{head}: {line}"))
+            found = _evaluated(storage.child(pair.directory), pair, evaluate, functools.partial(_say, say, f"{number}/{len(chosen)} {pair.name}"))
         except LlmembError as error:
             failed[pair.name] = str(error)
         except Exception as error:  # noqa: BLE001 - told at the end; a study of days is not lost for one of its pairs
@@ -254,9 +255,9 @@ def _evaluated(place: Storage, pair: Pair, evaluate: Callable[[EvaluateSettings]
             return earlier
         if changed:
             say(f"{changed} changed since it was evaluated, evaluating again")
-            place.delete(record.PATH)
+            place.delete([record.PATH])
         else:
-            say("evaluating the rest")
+            say("evaluating again, as it was not finished")
     else:
         say("evaluating")
     if mark is not None or not stands:
@@ -264,6 +265,10 @@ def _evaluated(place: Storage, pair: Pair, evaluate: Callable[[EvaluateSettings]
     found = evaluate(pair.settings.model_copy(update={"contamination": []}))
     _put_mark(place, settings, finished=True)
     return found
+
+
+def _say(say: Say, head: str, line: str) -> None:
+    say(f"{head}: {line}")
 
 
 def _mark(place: Storage) -> dict[str, Any] | None:

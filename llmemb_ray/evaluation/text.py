@@ -109,8 +109,10 @@ def is_long(suite: str, tasks: Sequence[str]) -> bool:
 
 
 def remarks(made: Evaluation, suite: str) -> list[str]:
-    """What is to be known of single tasks: why no published figure stands beside one."""
-    return [f"{task}: {why}; no published figure is comparable" for task, why in published.incomparable(made, suite).items() if task != "avg"]
+    """What is to be known of a suite's tasks: why no published figure stands beside one, and what was left out."""
+    found = [f"{task}: {why}; no published figure is comparable" for task, why in published.incomparable(made, suite).items() if task != "avg"]
+    left_out = dict.fromkeys(parts["left_out"] for parts in made.details.get(suite, {}).values() if parts.get("left_out"))
+    return [*found, *(f"{suite}: left out {what}" for what in left_out)]
 
 
 def editions(made: Evaluation, suite: str) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,17 @@ FILTER_STATUS = (400, 403, 422, 451)
 
 @dataclass(frozen=True, kw_only=True)
 class _Doubtful(Answer):
-    """A refusal that may mean its prompt, or the settings: other prompts tell."""
+    """No text for a reason that may lie in the prompt, or in the settings: other prompts tell."""
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """number: of the prompt; began, ended: of asking it, in seconds of time.monotonic"""
+
+    number: int
+    answer: Answer
+    began: float
+    ended: float
 
 
 class Endpoint:
@@ -96,44 +107,48 @@ class Endpoint:
     def generate(self, prompts: Iterable[str]) -> Iterator[tuple[int, Answer]]:
         """See Generator. Leaving the iteration begins no more requests.
 
-        Refusals wait until a prompt after them is answered, or all were asked; those of a row that ends the whole are never handed on.
+        What may be a refusal waits until a prompt that was asked after it is answered, or all were asked; those of a row that ends the
+        whole are never handed on.
         """
         numbered = iter(enumerate(prompts))
-        waiting: list[tuple[int, Answer]] = []
+        waiting: list[_Reply] = []
         failures, answered = 0, False
-        for number, answer in itertools.chain(self._first(numbered), self._spread(numbered)):
+        for reply in itertools.chain(self._first(numbered), self._spread(numbered)):
+            answer = reply.answer
             if answer.text is not None:
-                yield from waiting
-                waiting, failures, answered = [], 0, True
-                yield number, answer
+                failures, answered = 0, True
+                yield from ((one.number, one.answer) for one in waiting if one.ended <= reply.began)
+                waiting = [one for one in waiting if one.ended > reply.began]
+                yield reply.number, answer
                 continue
             failures += 1
-            if answer.passing:
-                yield number, answer
+            if isinstance(answer, _Doubtful):
+                waiting.append(reply)
             else:
-                waiting.append((number, answer))
+                yield reply.number, answer
             if failures >= FAILURES_IN_A_ROW:
-                raise RunFailed(f"{self._where}: {failures} prompts in a row failed, the last with: {answer.problem}; the same command asks again")
-        yield from (one for one in waiting if answered or not isinstance(one[1], _Doubtful))
-        doubtful = [answer for _, answer in waiting if isinstance(answer, _Doubtful)]
-        if doubtful and not answered:
-            raise RunFailed(f"{self._where}: no prompt was answered, the last was refused with: {doubtful[-1].problem}; the same command asks again")
+                raise RunFailed(
+                    f"{self._where}: {failures} prompts in a row failed, the last with: {answer.problem}; the same command asks about those without an answer"
+                )
+        if waiting and not answered:
+            raise RunFailed(f"{self._where}: no prompt was answered, the last failed with: {waiting[-1].answer.problem}; the same command asks again")
+        yield from ((one.number, one.answer) for one in waiting)
 
-    def _first(self, numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Answer]]:
-        """The first prompt, and others while the endpoint refuses them. Raises ConfigError where it refuses ``ALONE`` or all."""
-        answer: Answer | None = None
-        for number, prompt in itertools.islice(numbered, ALONE):
-            answer = self._ask(prompt, alone=True)
-            yield number, answer
-            if not isinstance(answer, _Doubtful):
+    def _first(self, numbered: Iterator[tuple[int, str]]) -> Iterator[_Reply]:
+        """The first prompt, and others while the endpoint refuses them. Raises ConfigError where it answers none of ``ALONE``, or of all."""
+        reply: _Reply | None = None
+        for item in itertools.islice(numbered, ALONE):
+            reply = self._timed(item, alone=True)
+            yield reply
+            if not isinstance(reply.answer, _Doubtful):
                 return
-        if answer is not None:
-            way_out = "check the settings; a sentence that is refused for its own sake must be left out"
-            raise ConfigError(f"llm: {self._where} refuses {self._llm} with every prompt, the last with: {answer.problem}; {way_out}")
+        if reply is not None:
+            way_out = "check the settings, max_new_tokens among them; what is refused for its own sake must be left out"
+            raise ConfigError(f"llm: {self._llm} at {self._where} answers no prompt, the last with: {reply.answer.problem}; {way_out}")
 
-    def _spread(self, numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Answer]]:
+    def _spread(self, numbered: Iterator[tuple[int, str]]) -> Iterator[_Reply]:
         """Answers by ``concurrency`` threads, which wait while nobody takes what they have."""
-        results: queue.Queue[tuple[int, Answer] | BaseException | None] = queue.Queue(maxsize=self._concurrency)
+        results: queue.Queue[_Reply | BaseException | None] = queue.Queue(maxsize=self._concurrency)
         taking, stop = threading.Lock(), threading.Event()
 
         def work() -> None:
@@ -144,7 +159,7 @@ class Endpoint:
                         item = next(numbered, None)
                     if item is None:
                         break
-                    _put(results, (item[0], self._ask(item[1])), stop)
+                    _put(results, self._timed(item), stop)
             except BaseException as error:  # noqa: BLE001 - raised again by the thread that iterates
                 end = error
             _put(results, end, stop)
@@ -164,6 +179,11 @@ class Endpoint:
                     yield result
         finally:
             stop.set()
+
+    def _timed(self, item: tuple[int, str], *, alone: bool = False) -> _Reply:
+        began = time.monotonic()
+        answer = self._ask(item[1], alone=alone)
+        return _Reply(item[0], answer, began, time.monotonic())
 
     def _ask(self, prompt: str, *, alone: bool = False) -> Answer:
         """One prompt. alone: nothing was answered yet, so that an endpoint that cannot be reached is an error."""
@@ -191,7 +211,7 @@ class Endpoint:
 
     def _failed(self, error: Any, alone: bool) -> Answer:
         status, said = error.status_code, self._masked(str(error))
-        if status in FILTER_STATUS and FILTERED.search(str(error)):
+        if status in FILTER_STATUS and FILTERED.search(f"{error.code} {error}"):
             return Answer(problem=said)
         if status in WAYS_OUT:
             raise ConfigError(f"llm: {self._where} refuses {self._llm}: {said}; {WAYS_OUT[status]}") from None
@@ -230,6 +250,9 @@ def _answer(completion: Any, retries: int) -> Answer:
     usage = getattr(completion, "usage", None)
     prompt_tokens, completion_tokens = (int(getattr(usage, name, None) or 0) for name in ("prompt_tokens", "completion_tokens"))
     text, finish, problem = getattr(message, "content", None), getattr(choice, "finish_reason", None), None
+    kind = Answer
     if not isinstance(text, str):
-        text, problem = None, f"no text: {getattr(message, 'refusal', None) or finish or 'content is null'}"
-    return Answer(text=text, problem=problem, cut=finish == "length", retries=retries, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+        refusal = getattr(message, "refusal", None)
+        text, problem = None, f"no text: {refusal or finish or 'content is null'}"
+        kind = Answer if refusal or finish == "content_filter" else _Doubtful
+    return kind(text=text, problem=problem, cut=finish == "length", retries=retries, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)

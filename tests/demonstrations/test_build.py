@@ -132,13 +132,14 @@ def test_what_was_wrong_for_every_prompt_leaves_nothing_behind(tmp_path: Path, s
     wrong: tuple[int, Reply] | None = (0, (402, fault("Insufficient balance")))
 
     def reply(prompt: str, before: int) -> Reply:
-        return wrong[1] if wrong and sum(server.asked.values()) > wrong[0] else words(prompt, before)
+        match = ASKED.fullmatch(prompt)
+        assert match
+        return wrong[1] if wrong and int(match[1]) >= wrong[0] else words(prompt, before)
 
     with ChatServer(reply) as server:
         values = {"sentences": [sentences], "llm": "tiny", "base_url": server.url}
         with pytest.raises(ConfigError, match="Insufficient balance"):
             run(out, **values)
-        server.asked.clear()
         wrong = (5, (400, fault("the free tier is used up")))
         with pytest.raises(RunFailed, match="in a row failed"):
             run(out, **values)
@@ -223,7 +224,7 @@ def test_a_build_whose_answers_are_no_words_fails_with_what_it_has_from_elsewher
     (tmp_path / "s.txt").write_text("Sentence 1.\n")
     with (
         ChatServer(lambda *_: "I cannot say.") as server,
-        pytest.raises(RunFailed, match=r"none of 1 answers is one word \(1 several words\).*holds only the 1 candidates from elsewhere"),
+        pytest.raises(RunFailed, match=r"none of 1 answers is one word \(1 several words\).*holds its other 1 candidates"),
     ):
         run(out, dictionary=[str(tmp_path / "words.tsv")], sentences=[str(tmp_path / "s.txt")], llm="tiny", base_url=server.url)
     assert [candidate.word for candidate in read_candidates(str(out))] == ["Swiss"]
@@ -253,7 +254,7 @@ def test_a_build_without_one_word_writes_no_candidates(tmp_path: Path, sentences
         ({"dictionary": ["w.tsv"], "allow_pickle": True}, "allow_pickle: .*model that is loaded"),
         ({"sentences": ["s.txt"], "llm": "a", "trust_remote_code": True}, "trust_remote_code: .*model that is loaded"),
         ({"sentences": ["s.txt"], "llm": "a", "dictionary_count": 5}, "without a dictionary"),
-        ({"sentences": ["stsb-train"], "llm": "a", "sentence_column": "b"}, "sentence_column: stsb-train have columns of their own"),
+        ({"sentences": ["stsb-train"], "llm": "a", "sentence_column": "b"}, "sentence_column: is for files with columns, not for stsb-train"),
         ({"sentences": ["s.csv"], "llm": "a", "data": "d"}, "data: only stsb-train"),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_column_of_numbers_and_missing_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"column sentence of .* holds int64"):
         read_sentences(write(tmp_path / "s.parquet", [1, 2]))
     pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match=r"column text of .* holds dictionary<values=int64"):
+    with pytest.raises(InputError, match=r"column text of .* holds int64"):
         read_sentences(str(tmp_path / "d.parquet"))
     with pytest.raises(InputError, match=r"sts-train\.csv"):
         read_sentences("stsb-train", data=str(tmp_path))

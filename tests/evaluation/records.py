@@ -23,7 +23,8 @@ def made(
     """An evaluation whose averages are the means of its tasks."""
     template = template or TEMPLATES[method]
     form = {"template": template, "clean": "none"}
-    representation = {"document": form, "query": form, "pooling": "last", "layer": -1} | fields.pop("representation", {})
+    query = form | {"template": templates.e5_query("Find it")} if method == "e5" else form
+    representation = {"document": form, "query": query, "append_eos": method == "e5", "pooling": "last", "layer": -1} | fields.pop("representation", {})
     found = {suite: {task: float(figure) for task, figure in tasks.items()} for suite, tasks in (suites or {"sts": dict.fromkeys(STS, 50)}).items()}
     for tasks in found.values():
         tasks["avg"] = sum(tasks.values()) / len(tasks)

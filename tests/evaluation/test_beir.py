@@ -120,6 +120,11 @@ def test_collections_are_found_by_name_and_of_equal_names_by_path(tmp_path: Path
     assert beir.find(tmp_path / "metals") == {"metals": tmp_path / "metals"}
 
 
+def test_collections_of_a_group_have_its_name(tmp_path: Path) -> None:
+    expected = {f"cqadupstack/{name}": lay_out(tmp_path / "cqadupstack" / name) for name in ("android", "english")}
+    assert beir.find(tmp_path) == beir.find(tmp_path / "cqadupstack") == expected
+
+
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
     lay_out(tmp_path, split="dev")
     with pytest.raises(InputError, match=r"no judgements of the split 'test'; set --split to one of those it has: dev"):

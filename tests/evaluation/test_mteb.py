@@ -20,7 +20,7 @@ from llmemb_ray.errors import ConfigError, InputError
 from llmemb_ray.evaluation.instructions import instruction
 from llmemb_ray.evaluation.mteb import Encoder, tasks
 from llmemb_ray.evaluation.mteb.search import Searcher
-from llmemb_ray.representation import Representation, Role
+from llmemb_ray.representation import Form, Representation, Role
 from llmemb_ray.storage import Storage
 
 mteb = pytest.importorskip("mteb", reason="the extra llmemb-ray[mteb] is not installed")
@@ -95,6 +95,22 @@ class TestEncoder:
         assert np.abs(encode(encoder, task("SciFact", "Retrieval"), "document") - plain).max() < 1e-5
         assert np.abs(instructed - plain).max() > 1e-2
 
+    def test_the_users_instruction_is_for_queries_and_symmetric_tasks(self, e5: Embedder) -> None:
+        form = Form(template="Instruct: Do\nQuery: {text}")
+        instructed = replace(e5.representation, document=form, query=form)
+        encoder, plain, both = Encoder.of(e5.under(instructed)), under(e5, "{text}"), under(e5, form.template)
+        for metadata, kind, expected in (
+            (task("SciFact", "Retrieval"), "query", both),
+            (task("SciFact", "Retrieval"), "document", plain),
+            (task("Unheard", "Retrieval", {"document": "Read"}), "document", plain),
+            (task("SciDocsRR", "Reranking"), "document", both),
+            (task("STS12", "STS"), None, both),
+        ):
+            assert np.abs(encode(encoder, metadata, kind) - expected).max() < 1e-5
+        as_it_is = Encoder.of(e5.under(instructed), plain_documents=False)
+        assert as_it_is.representation(task("SciFact", "Retrieval"), "document") == instructed
+        assert as_it_is.mteb_model_meta.revision != encoder.mteb_model_meta.revision
+
     def test_symmetric_tasks_instruct_both_sides(self, e5: Embedder) -> None:
         encoder = Encoder.of(e5)
         for metadata, text, kinds in (
@@ -166,6 +182,16 @@ class TestSearch:
         (written,) = tmp_path.glob("corpora/*/*.parquet")
         assert pq.read_table(written)["text"].to_pylist() == joined
 
+    def test_documents_that_cannot_be_embedded_are_counted(self, e5: Embedder, tmp_path: Path) -> None:
+        from datasets import Dataset
+
+        settings = EvaluateSettings.make({"model": e5.spec.model.name, "suite": ["mteb:x"], "actors": 0, "backend": "hf"})
+        searcher = Searcher(Counting(e5), settings, str(tmp_path), job_documents=1)
+        asked = {"task_metadata": task("SciFact", "Retrieval"), "hf_split": "test", "hf_subset": "default"}
+        searcher.index(Dataset.from_dict({"id": [*"abcdefghijkl"], "text": ["", "x", *[" "] * 10]}), **asked)
+        found = searcher.search(Dataset.from_dict({"id": ["q"], "text": ["x"]}), top_k=3, **asked)
+        assert (list(found["q"]), searcher.rejected) == (["b"], 11), "more than the job lets pass unless it is told"
+
     def test_a_document_without_text_is_named(self, e5: Embedder, tmp_path: Path) -> None:
         from datasets import Dataset
 
@@ -207,8 +233,8 @@ class TestTasks:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         counting = Counting(e5)
         with pytest.raises(InputError, match=r"mteb task STS12: its data set mteb/sts12-sts at .*load_data.*HF_HUB_OFFLINE.*HF_HOME"):
-            tasks.run_tasks(Encoder(counting), [mteb.get_task("STS12")], Storage(str(tmp_path)))
-        assert counting.asked == []
+            tasks.run_tasks(Encoder(counting), [*tasks._tasks_of("MockSTSTask"), mteb.get_task("STS12")], Storage(str(tmp_path)))
+        assert counting.asked == [], "nothing runs before all data are there"
 
 
 class TestNames:

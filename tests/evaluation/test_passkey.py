@@ -108,13 +108,17 @@ def test_the_score_is_the_share_of_queries_nearest_to_their_document(tokenizers:
     assert score.parts["by_depth"][2:] == [0, 0, 0]
 
 
-def build(model: Path, *wanted: str, **settings: Any) -> list[str]:
+def build_tasks(model: Path, *wanted: str, **settings: Any) -> list[Task]:
     made = EvaluateSettings.make({"model": str(model), "suite": ["passkey"], **settings})
     building = Building(settings=made, data=DataPlace(Path()), spec=settle(made), wanted=wanted, scratch="", on_cluster=False)
     tasks = SUITE.build(building)
     for task in tasks:
         task.needs()
-    return [task.name for task in tasks]
+    return tasks
+
+
+def build(model: Path, *wanted: str, **settings: Any) -> list[str]:
+    return [task.name for task in build_tasks(model, *wanted, **settings)]
 
 
 def test_lengths_are_those_that_the_model_has_room_for(model: Path, tmp_path: Path) -> None:
@@ -126,7 +130,30 @@ def test_lengths_are_those_that_the_model_has_room_for(model: Path, tmp_path: Pa
         build(model, lengths=[256, 1024])
     with pytest.raises(ConfigError, match="passkey:8k"):
         build(model, "8k")
+    with pytest.raises(ConfigError, match=r"passkey:300 is none of the lengths 256, .* --lengths 300"):
+        build(model, "300")
     with pytest.raises(ConfigError, match="lengths: 40 is too short for a passkey"):
         build(model, lengths=[40])
     with pytest.raises(ConfigError, match="passkey:256"):
         build(make_model(tmp_path, max_position_embeddings=128))
+
+
+def test_lengths_without_room_are_told_in_the_parts(model: Path) -> None:
+    vectors = [np.eye(100, dtype=np.float32), np.eye(100, dtype=np.float32)[:50]]
+    (task,) = build_tasks(model)
+    told = task.score(vectors).parts["left_out"]
+    assert told.startswith("512, 1k, 2k, 4k, 8k, 16k, 32k: longer than max_tokens 256; ")
+    assert "--max-tokens" in told
+    assert "--rope-theta" in told
+    (task,) = build_tasks(model, "256")
+    assert "left_out" not in task.score(vectors).parts
+
+
+def test_documents_go_without_the_users_instruction(model: Path) -> None:
+    """And have the length of their name in plain prompts."""
+    (bare,) = build_tasks(model, "256", prompt="e5")
+    (instructed,) = build_tasks(model, "256", prompt="e5", instruction="Find the document that states the pass key of a person")
+    assert instructed.needs() == bare.needs()
+    documents = instructed.needs()[0]
+    assert isinstance(documents, Texts)
+    assert documents.plain

@@ -8,6 +8,7 @@ import pytest
 
 from llmemb_ray.evaluation import published
 from llmemb_ray.evaluation.published import AVERAGED, METHODS, nearest
+from llmemb_ray.evaluation.text import counterpart
 from tests.evaluation.records import STS, made
 
 GAINS = {"125M": 0.46, "350M": 3.99, "1.3B": 4.34, "2.7B": 8.88, "6.7B": 6.98, "13B": 7.18, "30B": 6.51, "66B": 9.35}
@@ -103,6 +104,42 @@ def test_an_average_of_some_tasks_has_no_counterpart() -> None:
     languages = {f"l{number}": 50 for number in range(112)}
     assert published.is_whole(made(suites={"bitext": languages}), "bitext")
     assert nearest(made(suites={"bitext": {"fra": 50}}), "bitext") is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"split": "dev"}, "scored on the split 'dev'"),
+        ({"split": "test", "note": "lower-cased"}, "lower-cased"),
+        ({"split": "dev", "note": "lower-cased"}, "scored on the split 'dev'; lower-cased"),
+    ],
+)
+def test_another_split_and_other_texts_have_no_counterpart(parts: dict[str, Any], why: str) -> None:
+    alone = made("x/e5-mistral-7b", method="e5", suites={"retrieval": {"nfcorpus": 38}}, details={"retrieval": {"nfcorpus": parts}})
+    assert nearest(alone, "retrieval") is None
+    details = {"retrieval": {"nfcorpus": parts, "scifact": {"split": "test"}}}
+    both = made("x/e5-mistral-7b", method="e5", suites={"retrieval": {"nfcorpus": 38, "scifact": 70}}, details=details)
+    assert published.incomparable(both, "retrieval") == {"nfcorpus": why}
+    row = nearest(both, "retrieval")
+    assert row is not None
+    assert [counterpart(row, task, published.incomparable(both, "retrieval")) for task in ("scifact", "nfcorpus")] == ["76.40", "–"]
+
+
+@pytest.mark.parametrize(
+    ("representation", "settings", "method"),
+    [
+        ({"query": {"template": "Instruct: Find it\nQuery: {text}"}}, {}, "e5"),
+        ({"document": {"template": "Instruct: Find it\nQuery: {text}"}}, {}, "e5"),
+        ({}, {"prompt": "e5"}, "e5"),
+        ({}, {"prompt": "none", "append_eos": True}, "last"),
+        ({"pooling": "mean"}, {}, "avg"),
+        ({"document": {"template": "Read: {text}"}}, {}, "template"),
+    ],
+)
+def test_a_bare_text_with_eos_is_no_e5(representation: dict[str, Any], settings: dict[str, Any], method: str) -> None:
+    plain = {"template": "{text}", "clean": "none"}
+    found = made(method="e5", representation={"document": plain, "query": plain, "append_eos": True} | representation, settings=settings)
+    assert published.method_of(found) == method
 
 
 def test_what_was_recalled_is_marked() -> None:

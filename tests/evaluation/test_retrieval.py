@@ -16,6 +16,7 @@ from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, InputError
 from llmemb_ray.evaluation import retrieval
 from llmemb_ray.evaluation.data import DataPlace
+from llmemb_ray.evaluation.instructions import instruction
 from llmemb_ray.evaluation.retrieval import SUITE, RetrievalTask, measure, rankings
 from llmemb_ray.evaluation.suite import Building, Corpus, Texts
 from llmemb_ray.search.exact import embed_queries, load_embedder
@@ -158,6 +159,22 @@ def test_tasks_are_chosen_by_name_by_path_and_by_split(tmp_path: Path, model: Pa
         names(split="train")
     with pytest.raises(InputError, match=r"has no collection with judgements of the split 'test'; looked for corpus\.jsonl"):
         SUITE.build(building(tmp_path / "elsewhere" / "own" / "qrels", model))
+
+
+def test_a_group_is_taken_as_a_whole_or_one_by_one(tmp_path: Path, model: Path) -> None:
+    for name in ("cqadupstack/android", "cqadupstack/english", "scifact"):
+        lay_out(tmp_path / "data" / name)
+    group = ["cqadupstack/android", "cqadupstack/english"]
+    for wanted, names in (
+        (["CQADupStack"], group),
+        (["cqadupstack/English"], group[1:]),
+        ([str(tmp_path / "data" / "cqadupstack")], group),
+        ([str(tmp_path / "data" / "cqadupstack" / "android"), "scifact"], ["scifact", *group[:1]]),
+    ):
+        assert [task.name for task in SUITE.build(building(tmp_path / "data", model, *wanted))] == names
+    (task,) = SUITE.build(building(tmp_path / "data", model, "cqadupstack/android"))
+    (queries, _) = task.needs()
+    assert queries.instruction == instruction("CQADupstackRetrieval") is not None
 
 
 def test_queries_have_the_paper_s_instruction(tmp_path: Path, model: Path) -> None:

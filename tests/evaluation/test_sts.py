@@ -101,6 +101,18 @@ def test_a_score_that_is_no_number_is_named(tmp_path: Path) -> None:
         sts.read(place, "STS-B-dev")
 
 
+def test_a_sentence_without_words_is_named(tmp_path: Path) -> None:
+    place = benchmark(tmp_path, ["g\tf\ty\t1\t4.0\ta man\ta boy", "g\tf\ty\t2\t4.0\t  \ta boy"])
+    with pytest.raises(InputError, match=r"sts-dev\.csv line 2: a sentence without words"):
+        sts.read(place, "STS-B-dev")
+    (tmp_path / "STS13-en-test").mkdir()
+    for subset in sts.SUBSETS["STS13"]:
+        (tmp_path / "STS13-en-test" / f"STS.input.{subset}.txt").write_text("a\tb\n\t\nc\t \n")
+        (tmp_path / "STS13-en-test" / f"STS.gs.{subset}.txt").write_text("1\n\n2\n")
+    with pytest.raises(InputError, match=r"STS\.input\.FNWN\.txt line 3: a sentence without words"):
+        sts.read(place, "STS13")
+
+
 def test_data_that_are_missing_are_named_with_the_way_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"STS12 is not there: looked for .*SentEval.*--data or LLMEMB_DATA"):
         sts.read(DataPlace(tmp_path), "STS12")

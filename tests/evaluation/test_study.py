@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from llmemb_ray.config import EvaluateSettings
-from llmemb_ray.errors import ConfigError, ModelError, RunFailed
-from llmemb_ray.evaluation import published, study
+from llmemb_ray.embedders.embedder import settle
+from llmemb_ray.errors import ConfigError, InputError, ModelError, RunFailed
+from llmemb_ray.evaluation import compare, evaluate, published, study
 from llmemb_ray.evaluation.record import Evaluation
 from llmemb_ray.storage import Storage
 from tests.evaluation.records import made
+from tests.small_models import SENTENCES, make_model
 
 REPRODUCE = sorted((Path(__file__).parents[2] / "jobs" / "reproduce").glob("*.yaml"))
 
@@ -32,6 +35,19 @@ variants:
     adapter: {org/one: adapters/one, default: "$ADAPTERS/{model}"}
 """
 
+RUN = """
+models: [{models}/one, {models}/two]
+suite: ["sts:STS-B"]
+settings: {{clean: senteval, pooling: mean, actors: 0}}
+variants:
+  plain: {{prompt: none}}
+  shown:
+    prompt: prompteol-icl
+    demo: {{"{models}/one": "A cat.=>Cat"}}
+  tuned: {{pooling: last}}
+"""
+"""Of models that are there."""
+
 
 def settings(path: Path, **values: Any) -> EvaluateSettings:
     return EvaluateSettings.make({"study": str(path), "out": str(path.parent / "out")} | values)
@@ -48,6 +64,19 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "study.yaml"
 
 
+@pytest.fixture
+def ready(tmp_path: Path, model: Path) -> Path:
+    """A study whose models and data are there."""
+    for name in ("one", "two"):
+        shutil.copytree(model, tmp_path / name)
+    sts = tmp_path / "data" / "STSBenchmark" / "sts-test.csv"
+    sts.parent.mkdir(parents=True)
+    pairs = zip(SENTENCES[:5], SENTENCES[5:], range(5), strict=False)
+    sts.write_text("".join(f"g\tf\ty\t1\t{gold}\t{' '.join(left.split())}\t{' '.join(right.split())}\n" for left, right, gold in pairs))
+    (tmp_path / "run.yaml").write_text(RUN.format(models=tmp_path))
+    return tmp_path / "run.yaml"
+
+
 class Evaluating:
     """Keeps a record as an evaluation does, and tells which were asked for."""
 
@@ -61,7 +90,7 @@ class Evaluating:
         error = self.fails(one)
         if error is not None:
             raise error
-        found = made(one.model, method="none", space=one.out, settings=one.model_dump(mode="json"))
+        found = made(one.model, method="none", space=settle(one).space.digest, settings=one.model_dump(mode="json"))
         found.save(Storage(one.out))
         return found
 
@@ -125,32 +154,103 @@ def test_a_missing_study_is_named(tmp_path: Path) -> None:
         study.load(str(tmp_path / "gone.yaml"))
 
 
-def test_it_continues_and_evaluates_again_what_changed(path: Path) -> None:
+def test_it_continues_and_evaluates_again_what_changed(ready: Path) -> None:
     first, again, changed = Evaluating(), Evaluating(), Evaluating()
-    comparison = study.run(settings(path), first)
+    comparison = study.run(settings(ready), first)
     assert first.asked == ["one/plain", "one/shown", "one/tuned", "two/plain", "two/tuned"]
     assert [row.name for row in comparison.rows] == ["one plain", "one shown", "one tuned", "two plain", "two tuned"]
-    kept = json.loads((path.parent / "out" / study.RESULT).read_text())
+    kept = json.loads((ready.parent / "out" / study.RESULT).read_text())
     assert kept == json.loads(json.dumps(comparison.to_dict()))
     assert "variant shown is left out" in kept["notes"][0]
-    assert study.run(settings(path, actors="2", storage_retry_seconds=5), again).to_dict() == comparison.to_dict()
+    assert study.run(settings(ready, actors="2", storage_retry_seconds=5), again).to_dict() == comparison.to_dict()
     assert again.asked == []
-    path.write_text(STUDY.replace("{prompt: none}", "{prompt: none, layer: -2}"))
-    study.run(settings(path), changed)
+    ready.write_text(ready.read_text().replace("{prompt: none}", "{prompt: none, layer: -2}"))
+    study.run(settings(ready), changed)
     assert changed.asked == ["one/plain", "two/plain"]
 
 
-def test_one_that_fails_stops_no_other_and_is_evaluated_the_next_time(path: Path) -> None:
+def test_a_changed_variant_and_changed_weights_have_new_figures(ready: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def figures() -> dict[str, float]:
+        told.clear()
+        comparison = study.run(chosen, evaluate.run, told.append)
+        assert not comparison.failed
+        return {row.name: row.figures["sts"]["STS-B"] for row in comparison.rows}
+
+    def alone(**more: Any) -> float:
+        values = {"clean": "senteval", "actors": "0", "data": str(tmp_path / "data"), "suite": ["sts:STS-B"], "model": str(tmp_path / "one")}
+        return evaluate.run(EvaluateSettings.make(values | {"out": str(tmp_path / f"alone-{len(list(tmp_path.iterdir()))}")} | more)).suites["sts"]["STS-B"]
+
+    chosen = settings(ready, models=[str(tmp_path / "one")], data=str(tmp_path / "data"))
+    before = figures()
+    assert figures() == before
+    assert [line.partition(": ")[2] for line in told] == ["was evaluated before"] * 3
+    ready.write_text(ready.read_text().replace("{prompt: none}", "{prompt: none, layer: 0}"))
+    changed = figures()
+    assert changed["one plain"] == alone(prompt="none", layer=0, pooling="mean") != before["one plain"]
+    assert changed | {"one plain": 0} == before | {"one plain": 0}
+    shutil.rmtree(tmp_path / "one")
+    make_model(tmp_path / "one", seed=1)
+    retrained = figures()
+    assert all("its weights or tokenizer changed" in line for line in told)
+    assert retrained["one tuned"] == alone() != before["one tuned"]
+
+
+def test_a_pair_that_was_stopped_may_change_and_a_record_of_others_is_left(ready: Path, tmp_path: Path) -> None:
+    def stopped(one: EvaluateSettings) -> Evaluation:
+        evaluate.run(one)
+        raise KeyboardInterrupt
+
+    chosen = settings(ready, models=[str(tmp_path / "one")], data=str(tmp_path / "data"))
+    with pytest.raises(KeyboardInterrupt):
+        study.run(chosen, stopped)
+    ready.write_text(ready.read_text().replace("{prompt: none}", "{prompt: none, layer: 0}"))
+    mine = tmp_path / "out" / "one" / "tuned"
+    evaluate.run(EvaluateSettings.make({"model": str(tmp_path / "one"), "data": chosen.data, "out": str(mine), "suite": ["sts:STS-B"], "actors": "0"}))
+    kept = (mine / "evaluation.json").read_bytes()
+    for _ in range(2):
+        comparison = study.run(chosen, evaluate.run)
+        assert [row.name for row in comparison.rows] == ["one plain", "one shown"]
+        assert "name another --out" in comparison.failed["one tuned"]
+    assert (mine / "evaluation.json").read_bytes() == kept
+
+
+def test_contamination_is_looked_for_once(ready: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(f"sent0,sent1\n{SENTENCES[0].upper()},something else entirely\n")
+    asked: list[EvaluateSettings] = []
+
+    def evaluating(one: EvaluateSettings) -> Evaluation:
+        asked.append(one)
+        return Evaluating()(one)
+
+    chosen = settings(ready, data=str(tmp_path / "data"), contamination=[str(tmp_path / "train.csv")])
+    for _ in range(2):
+        comparison = study.run(chosen, evaluating)
+        assert comparison.contamination["tasks"]["sts STS-B"]["found"] == 1
+        shown = "\n".join(compare.lines(comparison))
+        assert shown.count("contamination: texts that stand") == 1
+        assert repr(SENTENCES[0]) in shown
+    assert len(asked) == 5, "finished pairs are not evaluated again for it"
+    assert not any(one.contamination for one in asked)
+    assert json.loads((tmp_path / "out" / study.RESULT).read_text())["contamination"] == comparison.contamination
+    with pytest.raises(InputError, match=r"gone\.csv is not there"):
+        study.run(settings(ready, data=chosen.data, contamination=[str(tmp_path / "gone.csv")]), evaluating)
+    with pytest.raises(ConfigError, match="contamination: the texts of passkey"):
+        study.run(settings(ready, suite=["passkey"], contamination=chosen.contamination), evaluating)
+
+
+def test_one_that_fails_stops_no_other_and_is_evaluated_the_next_time(ready: Path) -> None:
     told: list[str] = []
     broken = {"one/plain": ModelError("model org/one: no such directory"), "two/plain": RuntimeError("out of memory")}
     first = Evaluating(lambda one: broken.get("/".join(str(one.out).split("/")[-2:])))
-    comparison = study.run(settings(path), first, told.append)
+    comparison = study.run(settings(ready), first, told.append)
     assert len(first.asked) == 5
     assert comparison.failed == {"one plain": "model org/one: no such directory", "two plain": "RuntimeError: out of memory"}
     assert [row.name for row in comparison.rows] == ["one shown", "one tuned", "two tuned"]
     assert any("Traceback" in line for line in told), "of what is no error of ours"
     second = Evaluating()
-    assert study.run(settings(path), second).failed == {}
+    assert study.run(settings(ready), second).failed == {}
     assert second.asked == ["one/plain", "two/plain"]
 
 
@@ -159,16 +259,16 @@ def test_a_study_of_which_nothing_is_left_fails(path: Path) -> None:
         study.run(settings(path), Evaluating(lambda one: ModelError("gone")))
 
 
-def test_an_interruption_ends_it_and_what_was_done_stays(path: Path) -> None:
+def test_an_interruption_ends_it_and_what_was_done_stays(ready: Path) -> None:
     def interrupted(one: EvaluateSettings) -> Evaluation:
         if str(one.out).endswith("one/tuned"):
             raise KeyboardInterrupt
         return Evaluating()(one)
 
     with pytest.raises(KeyboardInterrupt):
-        study.run(settings(path), interrupted)
+        study.run(settings(ready), interrupted)
     rest = Evaluating()
-    study.run(settings(path), rest)
+    study.run(settings(ready), rest)
     assert rest.asked == ["one/tuned", "two/plain", "two/tuned"]
 
 

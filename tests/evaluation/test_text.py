@@ -43,7 +43,15 @@ def test_many_languages_are_summed_up() -> None:
 def test_further_metrics_of_retrieval_are_shown() -> None:
     details = {"retrieval": {"scifact": {"nDCG@10": 70.5, "MAP": 60.25, "queries": 1300, "note": "words"}}}
     shown = lines(made(suites={"retrieval": {"scifact": 70.5}}, details=details))
-    assert [line.split() for line in shown if line.startswith("scifact")] == [["scifact", "70.50", "60.25", "1,300"]]
+    assert [line.split() for line in shown if line.startswith("scifact ")] == [["scifact", "70.50", "60.25", "1,300"]]
+    assert "note: scifact: words; no published figure is comparable" in shown
+    assert not any(line.startswith("published") for line in shown)
+
+
+def test_what_was_left_out_is_told_once() -> None:
+    details = {"passkey": {length: {"left_out": "8k: longer than max_tokens 4096"} for length in ("256", "512")}}
+    shown = lines(made(suites={"passkey": {"256": 100, "512": 90}}, details=details))
+    assert shown.count("note: passkey: left out 8k: longer than max_tokens 4096") == 1
 
 
 def test_a_table_that_is_too_wide_goes_on_below() -> None:

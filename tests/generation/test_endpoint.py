@@ -54,6 +54,7 @@ def test_overload_is_tried_again_and_counted() -> None:
 def test_what_stays_is_told_apart_from_what_passes() -> None:
     replies: dict[str, Reply] = {
         "refused": (400, fault("content management policy")),
+        "coded": (400, fault("not answered", code="content_filter")),
         "flagged": (403, fault("the model requires moderation, and your input was flagged")),
         "overloaded": (503, fault(f"no room for {SECRET}")),
         "page": (200, b"<html>a proxy's page</html>"),
@@ -65,7 +66,7 @@ def test_what_stays_is_told_apart_from_what_passes() -> None:
         prompts = ["first", *replies]
         answers = {prompts[number]: answer for number, answer in Endpoint("tiny", base_url=server.url, retries=1).generate(prompts)}
     assert {name for name, answer in answers.items() if answer.passing} == {"overloaded", "page", "hollow"}
-    assert {name for name, answer in answers.items() if answer.text is None} == {"overloaded", "page", "hollow", "refused", "flagged", "null"}
+    assert {name for name, answer in answers.items() if answer.text is None} == {"overloaded", "page", "hollow", "refused", "coded", "flagged", "null"}
     assert "content management policy" in str(answers["refused"].problem)
     assert server.asked["refused"] == 1
     assert server.asked["overloaded"] == 2
@@ -102,12 +103,28 @@ def handed_on(endpoint: Endpoint, count: int) -> tuple[dict[int, Answer], str]:
     return answers, ""
 
 
-@pytest.mark.parametrize(("status", "count", "requests"), [(400, 50, ALONE), (413, 50, ALONE), (422, 1, 1)])
-def test_an_endpoint_that_refuses_the_first_prompts_all_is_at_fault_not_they(status: int, count: int, requests: int) -> None:
-    with ChatServer(lambda *_: (status, fault("top_logprobs must be given"))) as server:
+@pytest.mark.parametrize(
+    ("reply", "count", "requests", "named"),
+    [
+        ((400, fault("top_logprobs must be given")), 50, ALONE, "top_logprobs must be given"),
+        ((413, fault("too large")), 50, ALONE, "too large"),
+        ((422, fault("too long")), 1, 1, "too long"),
+        ((200, completion(None, finish="length")), 50, ALONE, "no text: length; check the settings, max_new_tokens"),
+    ],
+)
+def test_an_endpoint_that_answers_none_of_the_first_prompts_is_at_fault_not_they(reply: Reply, count: int, requests: int, named: str) -> None:
+    with ChatServer(lambda *_: reply) as server:
         answers, said = handed_on(Endpoint("tiny", base_url=server.url), count)
     assert (answers, sum(server.asked.values())) == ({}, requests)
-    assert "top_logprobs must be given" in said
+    assert named in said
+
+
+def test_content_filters_are_believed_at_once_even_in_a_row() -> None:
+    with ChatServer(lambda *_: (400, fault("not answered", code="content_filter"))) as server:
+        answers, said = handed_on(Endpoint("tiny", base_url=server.url, concurrency=1), 50)
+    assert set(answers) == set(range(FAILURES_IN_A_ROW))
+    assert not any(answer.passing for answer in answers.values())
+    assert "in a row failed" in said
 
 
 def test_a_refusal_stays_with_its_prompt_where_others_are_answered() -> None:

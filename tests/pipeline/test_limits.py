@@ -122,5 +122,5 @@ def test_the_command_that_continues_leaves_out_what_must_not_be_repeated() -> No
     assert "hidden" not in command_line(settings)
     rest = words[4:]
     assert rest == [
-        "--model", "m", "--prompt", "prompteol-icl", "--demo", "A 'quoted' sentence.=>Word", "--no-normalize", "--keep-columns", "a,b", "--actors", "1:8",
+        "--model", "m", "--prompt", "prompteol-icl", "--demo", "A 'quoted' sentence.=>Word", "--no-normalize", "--actors", "1:8", "--keep-columns", "a,b",
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,29 @@ def rows(browser: Browser, suite: int) -> list[list[str]]:
     """Cells of the first table of a suite, that were seen."""
     select = f"[...document.querySelector('#suite-{suite} table').rows].map((row) => [...row.cells].map((cell) => cell.innerText))"
     return browser.evaluate(select)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_published_average_shows_whatever_the_order_of_the_evaluations(order: int) -> None:
+    evaluations = [made(name, suites={"sts": dict.fromkeys(tasks, 50)}) for name, tasks in (("a/opt-125m", STS), ("b/opt-125m", STS[:2]))]
+    (table,) = page.tables(compare(evaluations[::order]))
+    (theirs,) = [line for line in table.lines if not line.ours]
+    assert theirs.cells[-1] == "67.00"
+
+
+def test_what_is_not_comparable_is_told_and_has_no_figure() -> None:
+    details = {"retrieval": {"scifact": {"split": "test"}, "nfcorpus": {"split": "test", "note": "without <stop> words"}}}
+    comparison = compare([made("x/e5", method="e5", suites={"retrieval": {"scifact": 70, "nfcorpus": 30}}, details=details)])
+    (table,) = page.tables(comparison)
+    assert table.lines[1].cells == ["76.40", "–", "–"]
+    assert "nfcorpus: without &lt;stop&gt; words; no published figure is comparable." in page.render(comparison)
+
+
+def test_what_a_study_found_of_contamination_has_no_row_to_be_named_by() -> None:
+    checked = {"tasks": {"sts STS12": {"texts": 9, "distinct": 8, "found": 2, "examples": ["A cat."], "share": 0.25}}, "columns": []}
+    shown = page.render(replace(compare([made()]), contamination=checked))
+    assert shown.count("sts STS12") == 1
+    assert "<h3></h3>" not in shown
 
 
 @in_browser

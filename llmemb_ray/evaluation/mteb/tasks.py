@@ -1,7 +1,8 @@
 """Chosen tasks of mteb, run and kept: mteb's own result files under OUT/mteb, a score a task.
 
 Invariant: a task whose result stands under the same model, space and settings is not run again. Names are checked
-before a model is loaded; a data set that is not on the machine is named with the way to get it.
+before a model is loaded; a data set that is not on the machine is named with the way to get it, without a network before
+the first task runs.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ def run_tasks(model: Any, tasks: Iterable[Any], kept: Storage, *, say: Callable[
     with tempfile.TemporaryDirectory(prefix="llmemb-mteb-") as directory, _quiet():
         cache = mteb.ResultCache(cache_path=directory)
         there = _fetch(kept, Path(directory))
+        tasks = list(tasks)
+        for task in tasks:
+            _look_for_data(task, model, cache)
         for task in tasks:
             before = model.blank, model.rejected
             try:
@@ -106,12 +110,12 @@ def by_type(scores: dict[str, Score]) -> dict[str, float]:
 
 def _run(mteb: Any, model: Any, task: Any, cache: Any) -> Any:
     """mteb's result of one task. The parts of a task that is made of others are run, and kept, one by one."""
-    parts = getattr(task.metadata, "tasks", None) or []
+    parts = _parts(task)
     for part in parts:
         _run(mteb, model, part, cache)
-    earlier = cache.load_task_result(task.metadata.name, model.mteb_model_meta)
-    if not parts and (earlier is None or earlier.get_missing_evaluations(task)):
-        _load(task)
+    if not parts and not _is_done(task, model, cache):
+        with _told(task):
+            task.load_data()
     try:
         results = mteb.evaluate(
             model, task, cache=cache, co2_tracker=False, show_progress_bar=False, encode_kwargs={"batch_size": BATCH, "show_progress_bar": False}
@@ -122,12 +126,35 @@ def _run(mteb: Any, model: Any, task: Any, cache: Any) -> Any:
     return results.task_results[0]
 
 
-def _load(task: Any) -> None:
-    """Reads the data of a task. Raises InputError."""
+def _parts(task: Any) -> list[Any]:
+    """The tasks that a task is made of; none for most."""
+    return list(getattr(task.metadata, "tasks", None) or [])
+
+
+def _is_done(task: Any, model: Any, cache: Any) -> bool:
+    earlier = cache.load_task_result(task.metadata.name, model.mteb_model_meta)
+    return earlier is not None and not earlier.get_missing_evaluations(task)
+
+
+def _look_for_data(task: Any, model: Any, cache: Any) -> None:
+    """Without a network, looks whether the data of a task that will run are here, as mteb's own ways of loading begin. Raises InputError."""
+    import datasets
+
+    for part in _parts(task):
+        _look_for_data(part, model, cache)
+    usual = type(task).load_data.__module__.startswith("mteb.abstasks.")
+    if usual and datasets.config.HF_HUB_OFFLINE and not _parts(task) and not _is_done(task, model, cache):
+        with _told(task):
+            datasets.get_dataset_config_names(task.metadata.dataset["path"], revision=task.metadata.dataset.get("revision"))
+
+
+@contextmanager
+def _told(task: Any) -> Iterator[None]:
+    """Data that cannot be had are told with the way to get them. Raises InputError."""
     from datasets.exceptions import DatasetsError
 
     try:
-        task.load_data()
+        yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         name, dataset = task.metadata.name, task.metadata.dataset
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

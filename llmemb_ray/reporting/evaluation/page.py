@@ -53,12 +53,17 @@ def render(comparison: Comparison) -> str:
         charts(comparison),
         evaluations=list(zip([row.name for row in comparison.rows], evaluations, strict=True)),
         comparison=comparison,
-        tables=[_table(suite, comparison) for suite in comparison.suites],
+        tables=tables(comparison),
         methods=published.METHODS,
         method_of=published.method_of,
         contaminated=contaminations(comparison),
         title=comparison.rows[0].name if len(evaluations) == 1 else f"{len(evaluations)} evaluations",
     )
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """One of each suite."""
+    return [_table(suite, comparison) for suite in comparison.suites]
 
 
 def _table(suite: str, comparison: Comparison) -> Table:
