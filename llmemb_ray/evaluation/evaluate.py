@@ -168,7 +168,7 @@ class _Keeper:
             commit=spec.model.commit,
             adapter=self._settings.adapter,
             parameters=spec.parameters,
-            method=record.method(spec.representation),
+            method=record.method(spec.representation, self._settings.prompt if self._settings.representation is None else None),
             representation=spec.representation.to_dict(),
             space=spec.space.digest,
             context={name: value for name, value in (spec.space.to_dict().get("context") or {}).items() if value is not None},

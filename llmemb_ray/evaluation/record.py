@@ -78,12 +78,16 @@ class Evaluation:
         output.put(PATH, json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode())
 
 
-def method(representation: Representation) -> str:
-    """The method by the name of its prompt: prompteol, prompteol-icl, e5, none (the bare text), or template."""
+def method(representation: Representation, prompt: str | None) -> str:
+    """The method by the name of its prompt: prompteol, prompteol-icl, e5, none (the bare text), or template.
+
+    prompt: the setting, None where a file described the representation: an E5 without instructions is else a bare text with an EOS.
+    """
     template = representation.document.template
     if template.endswith(templates.PROMPTEOL):
         return "prompteol" if template == templates.PROMPTEOL else "prompteol-icl"
-    if representation.append_eos:
+    instructed = any(form.template.startswith("Instruct: ") for form in (representation.document, representation.query))
+    if representation.append_eos and (prompt == "e5" or instructed):
         return "e5"
     return "none" if template == templates.NONE else "template"
 
