@@ -37,8 +37,8 @@ class Crew(Generic[Held]):
         resources = {"num_gpus": shape.gpus} if shape.on_gpu else {}
         kind = ray.remote(num_cpus=shape.cpus, max_restarts=-1, max_task_retries=attempts - 1, **resources)(_Worker)
         self._attempts = attempts
-        self._load = ray.put(load)  # Held here: Ray would free it once the actors are up, and could not start one again.
-        self._actors = [kind.remote(self._load, shape.threads) for _ in range(shape.most)]
+        self._load = ray.put(load)  # Held here, for actors that are started again.
+        self._actors = [kind.remote([self._load], shape.threads) for _ in range(shape.most)]
         self._coming = {actor.load.remote(): actor for actor in self._actors}
         self._up: list[Any] = []
 
@@ -71,8 +71,9 @@ class Crew(Generic[Held]):
                     self._get(reference, "while it loaded")
                     self._up.append(self._coming.pop(reference))
                 else:
-                    number, _ = under_way[reference]
-                    answer = self._get(reference, f"at item {number}")
+                    number, actor = under_way[reference]
+                    at_work = min(other for other, where in under_way.values() if where is actor)  # Calls are answered in their order.
+                    answer = self._get(reference, f"at item {at_work}")
                     del under_way[reference]
                     yield number, answer
 
@@ -91,8 +92,9 @@ class Crew(Generic[Held]):
 class _Worker:
     """The actor's process. Loads at its first call, so that what is wrong with it comes back as the call's own error."""
 
-    def __init__(self, load: Callable[[], Any], threads: int | None) -> None:
-        self._load, self._held = load, None
+    def __init__(self, load: list[Any], threads: int | None) -> None:
+        """load: a reference to the function, in a list so that Ray does not count it among what it must have to start an actor again."""
+        self._load, self._held = load[0], None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if threads:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # As the actors of the job do.
@@ -102,7 +104,7 @@ class _Worker:
 
     def load(self) -> None:
         if self._held is None:
-            self._held = self._load()
+            self._held = ray.get(self._load)()
 
     def run(self, function: Callable[[Any, Any], Any], item: Any) -> Any:
         self.load()
