@@ -36,6 +36,7 @@ SETTINGS = {
     "export": config.ExportSettings,
     "report": config.ReportSettings,
     "evaluate": config.EvaluateSettings,
+    "mine": config.MineSettings,
     "demos build": config.DemosBuildSettings,
     "demos select": config.DemosSelectSettings,
 }
