@@ -9,6 +9,7 @@ from llmemb_ray.config.base import ActorSettings, ClusterSettings, ModelSettings
 from llmemb_ray.config.demonstrations import DemosBuildSettings, DemosSelectSettings
 from llmemb_ray.config.embedding import EmbedSettings, ParitySettings, PlanSettings, is_duration, parse_deadline, parse_utilization
 from llmemb_ray.config.evaluation import EvaluateSettings
+from llmemb_ray.config.mining import MineSettings
 from llmemb_ray.config.readers import ExportSettings, ReportSettings, SearchSettings, VerifySettings
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "EmbedSettings",
     "EvaluateSettings",
     "ExportSettings",
+    "MineSettings",
     "ModelSettings",
     "ParitySettings",
     "PlanSettings",

@@ -1,0 +1,1 @@
+"""Hard negatives for contrastive fine-tuning, mined by exact search."""
