@@ -59,7 +59,10 @@ class RayCluster:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def _start(self, arguments: list[str]) -> None:
-        command = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=200000000", *arguments]
+        agent = (
+            f"--dashboard-agent-listen-port={free_port()}"  # Its default is one port for all clusters of a machine, and takes the jobs of whoever was first.
+        )
+        command = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=200000000", agent, *arguments]
         self._nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self._environment, start_new_session=True))
 
     def _alive(self) -> int:
