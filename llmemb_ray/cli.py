@@ -21,6 +21,7 @@ from llmemb_ray.config import (
     EmbedSettings,
     EvaluateSettings,
     ExportSettings,
+    MineSettings,
     ParitySettings,
     PlanSettings,
     ReportSettings,
@@ -226,6 +227,18 @@ def evaluate(settings: EvaluateSettings, as_json: bool) -> None:
     click.echo(f"{out}/{page.NAME} is the page; open it in a browser", err=True)
     if made.failed:
         raise RunFailed(f"{len(made.failed)} of the study's evaluations failed: {', '.join(made.failed)}; the same command tries them again")
+
+
+@command(llmemb, "mine", MineSettings)
+def mine(settings: MineSettings, as_json: bool) -> None:
+    """Find hard negatives for queries with known positives, by exact search over a corpus, and write training triples to OUT.
+
+    Queries, positives and corpus are embedded by the embedding job; the vectors stay in OUT/runs. Stopped and asked again, it goes on.
+    """
+    from llmemb_ray.mining import mine as mining
+
+    made = mining.mine(settings, say=_say)
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
 @llmemb.group()

@@ -15,8 +15,8 @@ class MineSettings(ClusterSettings):
     queries: list[str] = setting(
         ..., "Queries with their positives: .parquet, .jsonl, .csv or .tsv, or a directory or glob of Parquet; repeatable.", panel="Queries"
     )
-    query_column: str | None = setting(None, "Column of the query; default: query, else anchor, else text.", panel="Queries")
-    positive_column: str | None = setting(None, "Column of the positive: a text, or a list of texts; default: positive, else pos.", panel="Queries")
+    query_column: str | None = setting(None, "Column of the query; default: query, anchor, text or sent0, the first that is there.", panel="Queries")
+    positive_column: str | None = setting(None, "Column of the positive: a text, or a list of texts; default: positive, pos or sent1.", panel="Queries")
     positive_id_column: str | None = setting(
         None, "Column of the positive's id in the corpus, or a list of ids; default: positive_id, else positive_ids.", panel="Queries"
     )
@@ -29,7 +29,9 @@ class MineSettings(ClusterSettings):
     corpus: list[str] = setting([], "Parquet file, directory or glob that negatives are taken from; repeatable.", panel="Corpus")
     text_column: str = setting("text", "Column of the text (a.b for a nested one), or a template such as '{title} {text}'.", panel="Corpus")
     id_column: str | None = setting(None, "Column of the id; default: 'id' where there is one.", panel="Corpus")
-    corpus_run: str | None = setting(None, "Finished run of the corpus in the same space, in place of --corpus: nothing of it is embedded again.", panel="Corpus")
+    corpus_run: str | None = setting(
+        None, "Finished run of the corpus in the same space, in place of --corpus: nothing of it is embedded again.", panel="Corpus"
+    )
 
     top_k: int = setting(100, "Rows found for each query, best first (paper 2: 100); positives may be among them.", panel="Negatives", ge=1)
     negatives: int = setting(1, "Hard negatives of a triple.", panel="Negatives", ge=1)
@@ -69,6 +71,6 @@ class MineSettings(ClusterSettings):
             raise ValueError(f"min_score: {self.min_score} is above max_score={self.max_score}")
         if (self.rank_to or self.top_k) - self.rank_from + 1 < self.negatives:
             raise ValueError(
-                f"negatives: {self.negatives} do not fit among ranks {self.rank_from} to {self.rank_to or self.top_k}; raise top_k and rank_to, or lower rank_from"
+                f"negatives: {self.negatives} do not fit among ranks {self.rank_from} to {self.rank_to or self.top_k}; raise top_k, or widen the ranks"
             )
         return self

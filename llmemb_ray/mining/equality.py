@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +83,9 @@ def look(run: Run, wanted: Ints, *, on_cluster: bool) -> Standing:
     """
     files = [file for file in run.plan.files if file.problem is None]
     selection = Selection(text=run.plan.selection.text)
-    parts = _on_cluster(files, selection, run.storage.access, wanted) if on_cluster else (_in_file(file, selection, run.storage.access, wanted) for file in files)
+    parts = (
+        _on_cluster(files, selection, run.storage.access, wanted) if on_cluster else (_in_file(file, selection, run.storage.access, wanted) for file in files)
+    )
     found = list(parts)
     where = np.concatenate([np.zeros(0, np.int64), *(part.places for part in found)])
     what = np.concatenate([np.zeros(0, np.int64), *(part.keys for part in found)])
@@ -114,7 +117,7 @@ def _on_cluster(files: Sequence[PlannedFile], selection: Selection, access: Acce
 
     room = UNDER_WAY_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
     task, shared = ray.remote(num_cpus=1)(_in_file), ray.put(wanted)
-    under_way = []
+    under_way: list[Any] = []
     for file in files:
         if len(under_way) >= room:
             done, under_way = ray.wait(under_way, num_returns=1)
@@ -124,11 +127,11 @@ def _on_cluster(files: Sequence[PlannedFile], selection: Selection, access: Acce
         yield _get(reference)
 
 
-def _get(reference: object) -> Standing:
+def _get(reference: Any) -> Standing:
     import ray
 
     try:
-        return ray.get(reference)  # type: ignore[call-overload, no-any-return]
+        return ray.get(reference)  # type: ignore[no-any-return]
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LlmembError):
             raise error.cause from None

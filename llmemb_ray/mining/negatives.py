@@ -81,4 +81,3 @@ def preference(places_E: Ints, rules: Rules, *, row: tuple[int, ...]) -> Ints:
     if rules.sample == "top":
         return places_E
     return np.random.default_rng([rules.seed, *row]).permutation(places_E)
-
