@@ -36,6 +36,8 @@ SETTINGS = {
     "export": config.ExportSettings,
     "report": config.ReportSettings,
     "evaluate": config.EvaluateSettings,
+    "finetune": config.FinetuneSettings,
+    "export-model": config.ExportModelSettings,
     "mine": config.MineSettings,
     "demos build": config.DemosBuildSettings,
     "demos select": config.DemosSelectSettings,

@@ -20,7 +20,9 @@ from llmemb_ray.config import (
     DemosSelectSettings,
     EmbedSettings,
     EvaluateSettings,
+    ExportModelSettings,
     ExportSettings,
+    FinetuneSettings,
     MineSettings,
     ParitySettings,
     PlanSettings,
@@ -227,6 +229,29 @@ def evaluate(settings: EvaluateSettings, as_json: bool) -> None:
     click.echo(f"{out}/{page.NAME} is the page; open it in a browser", err=True)
     if made.failed:
         raise RunFailed(f"{len(made.failed)} of the study's evaluations failed: {', '.join(made.failed)}; the same command tries them again")
+
+
+@command(llmemb, "finetune", FinetuneSettings)
+def finetune(settings: FinetuneSettings, as_json: bool) -> None:
+    """Train a model, or a LoRA adapter of it, on pairs or triples of texts, or continue where a training was stopped.
+
+    Batches, checkpoints, metrics and what comes out are in OUT; `llmemb embed --adapter OUT/adapter` uses it.
+    """
+    from llmemb_ray.reporting.training import page
+    from llmemb_ray.training.finetune import finetune as run
+
+    made = run(settings, say=_say)
+    page.of(made, settings)
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+
+
+@command(llmemb, "export-model", ExportModelSettings)
+def export_model(settings: ExportModelSettings, as_json: bool) -> None:
+    """Write TRAINED, what finetune left or any adapter or model, into DEST: base and adapter as one model, or for sentence-transformers."""
+    from llmemb_ray.training.export_model import export_model as write
+
+    made = write(settings)
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
 @command(llmemb, "mine", MineSettings)

@@ -5,12 +5,23 @@ calls all end in these models; the command line's options are made from their fi
 no ray, no transformers.
 """
 
-from llmemb_ray.config.base import ActorSettings, ClusterSettings, ModelSettings, Settings, StorageSettings, parse_actors, setting
+from llmemb_ray.config.base import (
+    ActorSettings,
+    ClusterSettings,
+    ModelSettings,
+    RepresentationSettings,
+    Settings,
+    StorageSettings,
+    WeightsSettings,
+    parse_actors,
+    setting,
+)
 from llmemb_ray.config.demonstrations import DemosBuildSettings, DemosSelectSettings
 from llmemb_ray.config.embedding import EmbedSettings, ParitySettings, PlanSettings, is_duration, parse_deadline, parse_utilization
 from llmemb_ray.config.evaluation import EvaluateSettings
 from llmemb_ray.config.mining import MineSettings
 from llmemb_ray.config.readers import ExportSettings, ReportSettings, SearchSettings, VerifySettings
+from llmemb_ray.config.training import ExportModelSettings, FinetuneSettings, Source
 
 __all__ = [
     "ActorSettings",
@@ -19,16 +30,21 @@ __all__ = [
     "DemosSelectSettings",
     "EmbedSettings",
     "EvaluateSettings",
+    "ExportModelSettings",
     "ExportSettings",
+    "FinetuneSettings",
     "MineSettings",
     "ModelSettings",
     "ParitySettings",
     "PlanSettings",
     "ReportSettings",
+    "RepresentationSettings",
     "SearchSettings",
     "Settings",
+    "Source",
     "StorageSettings",
     "VerifySettings",
+    "WeightsSettings",
     "is_duration",
     "parse_actors",
     "parse_deadline",

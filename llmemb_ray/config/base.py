@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
@@ -10,14 +11,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llmemb_ray.engines import OWNED_ENGINE_ARGS, TITLES, Quantization, refusals
 from llmemb_ray.errors import ConfigError, NotFound
 from llmemb_ray.representation.cleaning import Cleaning
-from llmemb_ray.representation.representation import FILE_NAME, Pooling, Representation, Role, preset
-from llmemb_ray.representation.templates import Demonstration
+from llmemb_ray.representation.representation import FILE_NAME, Form, Pooling, Representation, Role, is_e5, preset
+from llmemb_ray.representation.templates import NONE, Demonstration
 from llmemb_ray.storage import Access, locate, redact
 
 
-def setting(default: Any, help: str, *, panel: str, ge: float | None = None, gt: float | None = None, le: float | None = None, **extra: Any) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    panel: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    **extra: Any,
+) -> Any:
     """A field with its help text, the panel of the command's help it belongs to, and its bounds."""
-    return Field(default, description=help, ge=ge, gt=gt, le=le, json_schema_extra={"panel": panel, **extra})
+    return Field(default, description=help, ge=ge, gt=gt, le=le, lt=lt, json_schema_extra={"panel": panel, **extra})
 
 
 class Settings(BaseModel):
@@ -57,24 +68,20 @@ class StorageSettings(Settings):
         return Access(endpoint_url=self.endpoint_url, options=dict(self.storage_options), retry_seconds=self.storage_retry_seconds)
 
 
-class ModelSettings(StorageSettings):
-    """A model and how it represents a text."""
+class WeightsSettings(StorageSettings):
+    """A model's weights."""
 
     model: str = setting(..., "Hub id, local directory or URL (s3://…) of a decoder-only model.", panel="Model")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model; resolved to a commit once.", panel="Model")
-    adapter: str | None = setting(None, "PEFT adapter: hub id, directory or URL.", panel="Model")
-    backend: Literal["auto", "hf", "vllm"] = setting(
-        "auto", "Engine: hf is transformers; auto is vllm where it is installed and its vectors of the model were compared, else hf.", panel="Model"
-    )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Precision of the model; auto is bfloat16 on CUDA, else float32.", panel="Model"
     )
-    quantization: Quantization = setting("none", "Weight format; hf: nf4, llm.int8; vllm: the others (docs/backends.md).", panel="Model")
-    tensor_parallel: int = setting(1, "GPUs that a model's layers are split over, all on one node (vllm).", panel="Model", ge=1)
-    engine_arg: list[str] = setting([], "Further argument KEY=VALUE of vLLM's engine, value in YAML; repeatable.", panel="Model")
-    token_budget: int | None = setting(None, "Tokens in one forward pass; found while working (hf) or set by device (vllm) if not given.", panel="Model", ge=1)
     trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
     allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Model")
+
+
+class RepresentationSettings(StorageSettings):
+    """How a model represents a text."""
 
     representation: str | None = setting(None, "File llmemb.json, or a directory or URL prefix with one; options given beside it win.", panel="Representation")
     prompt: str = setting("prompteol", "prompteol, prompteol-icl, e5, none, or a template with {text}.", panel="Representation")
@@ -100,6 +107,72 @@ class ModelSettings(StorageSettings):
     )
     append_eos: bool | None = setting(None, "End prompts with the EOS token; default: for prompt e5.", panel="Representation")
     role: Role = setting("document", "Role in which texts are embedded.", panel="Representation")
+
+    _PROMPT_FIELDS: ClassVar[frozenset[str]] = frozenset({"prompt", "demo", "instruction", "clean"})
+    _OTHER_FIELDS: ClassVar[tuple[str, ...]] = ("pooling", "layer", "normalize", "dimensions", "max_tokens")
+
+    def build_representation(self, beside: Representation | None = None) -> Representation:
+        """The representation that these settings describe. Raises ConfigError.
+
+        beside: what stands beside the model or its adapter: taken where the settings name no other, options win.
+        """
+        given = self.model_fields_set
+        base = self._stored_representation(self.representation) if self.representation is not None else beside
+        values: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in Representation.__dataclass_fields__}
+        if base is None or given & self._PROMPT_FIELDS:
+            own = self._beside(beside) if beside is not None and self.representation is None else None
+            values["document"], values["query"], values["append_eos"] = own or preset(
+                self.prompt,
+                demonstrations=tuple(Demonstration.parse(demo) for demo in self.demo),
+                instruction=self.instruction,
+                role=self.role,
+                clean=self.clean,
+            )
+        for name in self._OTHER_FIELDS:
+            if base is None or name in given:
+                values[name] = getattr(self, name)
+        if self.append_eos is not None:
+            values["append_eos"] = self.append_eos
+        return Representation(**values)
+
+    def _beside(self, base: Representation) -> tuple[Form, Form, bool] | None:
+        """The forms of ``base`` with what is given of instruction and cleaning alone; None where another prompt is given."""
+        given = self.model_fields_set
+        document, query = base.document, base.query
+        if "clean" in given:
+            document, query = replace(document, clean=self.clean), replace(query, clean=self.clean)
+        instructable = is_e5(base)
+        if self.demo or (("prompt" in given) and not (instructable and self.prompt == "e5")):
+            return None
+        if self.instruction is None:
+            return document, query, base.append_eos
+        if not instructable:
+            return None
+        symmetric = self.role == "document" or document.template != NONE
+        return preset("e5", instruction=self.instruction, role="document" if symmetric else "query", clean=query.clean)
+
+    def _stored_representation(self, place: str) -> Representation:
+        if "://" not in place:
+            return Representation.load(place)
+        url = place if place.endswith(".json") else f"{place.rstrip('/')}/{FILE_NAME}"
+        storage, name = locate(url, self.access)
+        try:
+            return Representation.parse(storage.read(name), redact(url))
+        except NotFound as error:
+            raise ConfigError(f"representation {redact(url)} is not there") from error
+
+
+class ModelSettings(RepresentationSettings, WeightsSettings):
+    """A model that embeds: weights, adapter, engine and representation."""
+
+    adapter: str | None = setting(None, "PEFT adapter: hub id, directory or URL.", panel="Model")
+    backend: Literal["auto", "hf", "vllm"] = setting(
+        "auto", "Engine: hf is transformers; auto is vllm where it is installed and its vectors of the model were compared, else hf.", panel="Model"
+    )
+    quantization: Quantization = setting("none", "Weight format; hf: nf4, llm.int8; vllm: the others (docs/backends.md).", panel="Model")
+    tensor_parallel: int = setting(1, "GPUs that a model's layers are split over, all on one node (vllm).", panel="Model", ge=1)
+    engine_arg: list[str] = setting([], "Further argument KEY=VALUE of vLLM's engine, value in YAML; repeatable.", panel="Model")
+    token_budget: int | None = setting(None, "Tokens in one forward pass; found while working (hf) or set by device (vllm) if not given.", panel="Model", ge=1)
 
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
@@ -133,38 +206,6 @@ class ModelSettings(StorageSettings):
     def engine(self) -> dict[str, Any]:
         """The settings that a backend may refuse, besides those of the representation."""
         return {"quantization": self.quantization, "tensor_parallel": self.tensor_parallel, "engine_args": self.engine_args}
-
-    _PROMPT_FIELDS: ClassVar[frozenset[str]] = frozenset({"prompt", "demo", "instruction", "clean"})
-    _OTHER_FIELDS: ClassVar[tuple[str, ...]] = ("pooling", "layer", "normalize", "dimensions", "max_tokens")
-
-    def build_representation(self) -> Representation:
-        """The representation that these settings describe. Raises ConfigError."""
-        given = self.model_fields_set
-        values: dict[str, Any] = {}
-        if self.representation is not None:
-            base = self._stored_representation(self.representation)
-            values = {name: getattr(base, name) for name in Representation.__dataclass_fields__}
-        if self.representation is None or given & self._PROMPT_FIELDS:
-            demonstrations = tuple(Demonstration.parse(demo) for demo in self.demo)
-            values["document"], values["query"], values["append_eos"] = preset(
-                self.prompt, demonstrations=demonstrations, instruction=self.instruction, role=self.role, clean=self.clean
-            )
-        for name in self._OTHER_FIELDS:
-            if self.representation is None or name in given:
-                values[name] = getattr(self, name)
-        if self.append_eos is not None:
-            values["append_eos"] = self.append_eos
-        return Representation(**values)
-
-    def _stored_representation(self, place: str) -> Representation:
-        if "://" not in place:
-            return Representation.load(place)
-        url = place if place.endswith(".json") else f"{place.rstrip('/')}/{FILE_NAME}"
-        storage, name = locate(url, self.access)
-        try:
-            return Representation.parse(storage.read(name), redact(url))
-        except NotFound as error:
-            raise ConfigError(f"representation {redact(url)} is not there") from error
 
 
 class ActorSettings(StorageSettings):

@@ -24,6 +24,7 @@ from llmemb_ray.demonstrations.candidates import read_candidates
 from llmemb_ray.demonstrations.halving import Agreement, Round, agreement, halve, rank, sizes
 from llmemb_ray.demonstrations.leaderboard import Leaderboard, Place
 from llmemb_ray.demonstrations.scoring import Exam, Examiner, Trial, drawn, representation, sts_exam, tokenize, transfer_exam
+from llmemb_ray.embedders.beside import representation_of
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import ConfigError, InputError, RunFailed
 from llmemb_ray.evaluation import transfer
@@ -142,7 +143,7 @@ def select(settings: DemosSelectSettings, *, say: Callable[[str], None] = lambda
         agreement=_agreement(settings, board, candidates, exam.size),
         rounds=[{"candidates": len(step.ranked), "items": step.size} for step in search.rounds],
     )
-    _write(selection, board, representation(settings.build_representation(), winner), spec.model.name)
+    _write(selection, board, representation(representation_of(settings), winner), spec.model.name)
     return selection
 
 

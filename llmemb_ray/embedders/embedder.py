@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmemb_ray import engines
-from llmemb_ray.embedders import capabilities, models
+from llmemb_ray.embedders import beside, capabilities, models
 from llmemb_ray.embedders.models import ModelSource, TokenizerSource
 from llmemb_ray.embedders.work import Pooled, Work
 from llmemb_ray.errors import ConfigError, InputError
@@ -149,19 +149,22 @@ class EmbedderSpec:
 def settle(settings: ModelSettings, representation: Representation | None = None) -> EmbedderSpec:
     """Resolves revisions, reads configuration and tokenizer, and checks the representation against them.
 
-    representation: used as it is, in place of the one that the settings describe.
+    representation: used as it is, in place of the one that the settings describe or that stands beside the adapter or model.
     Loads no weights. Raises ConfigError or ModelError.
     """
     from llmemb_ray.embedders.transformers_backend import check_layer, output_size
 
-    representation = representation or settings.build_representation()
     source = models.resolve(settings.model, settings.revision, settings.access)
     adapter = models.resolve(settings.adapter, None, settings.access, "adapter") if settings.adapter else None
+    found = beside.read(source, adapter, settings.access)
+    representation = representation or found.representation_of(settings)
+    asked = found.context_of(settings)
+    found.check_base(source, settings.access)
     path = models.fetch(source, settings.access, weights=False)
     config = models.load_config(path, trust_remote_code=settings.trust_remote_code)
     tokenizer = models.load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
-    context = models.settle_context(Context(rope_theta=settings.rope_theta, sliding_window=settings.sliding_window), config)
-    representation = models.settle_max_tokens(representation, config, extended=settings.rope_theta is not None)
+    context = models.settle_context(asked, config)
+    representation = models.settle_max_tokens(representation, config, extended=asked.rope_theta is not None)
     check_layer(representation.layer, int(config.num_hidden_layers))
     written = models.read_config_file(path)
     stored = models.settle_quantization(settings.quantization, written)

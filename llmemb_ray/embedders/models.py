@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmemb_ray import engines
 from llmemb_ray.embedders import capabilities
 from llmemb_ray.errors import ConfigError, ModelError, StorageError
-from llmemb_ray.representation.representation import Representation
+from llmemb_ray.representation.representation import FILE_NAME, Representation
 from llmemb_ray.representation.space import Context, digest
 from llmemb_ray.storage import Access, Storage, cache_directory, redact
 
@@ -31,6 +31,15 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 PICKLED = (".bin", ".pt", ".pth")
 OTHER_FRAMEWORKS = (".gguf", ".h5", ".msgpack", ".onnx")
+
+POCKET = "pocket"
+"""Name of the model that this package brings."""
+POCKET_PATH = Path(__file__).parents[1] / "pocket"
+
+TRAINING = "training.json"
+"""Beside what a training made: how it was made, and of what."""
+BESIDE = (FILE_NAME, TRAINING)
+"""Files that say how weights are used and whence they come: two directories that differ in these alone are the same model."""
 
 SAMPLED_BLOCK_BYTES = 2**16
 SAMPLED_BLOCKS = 64
@@ -52,9 +61,10 @@ class ModelSource:
     """One model or adapter, settled: every process that gets this object loads the same files."""
 
     name: str
-    kind: Literal["hub", "directory", "url"]
+    kind: Literal["hub", "directory", "url", "package"]
+    """package: the model that this package brings, found where each node has the package."""
     commit: str
-    """Hub commit, or ``sha256:…`` over the files of a directory or URL."""
+    """Hub commit, or ``sha256:…`` over the files of a directory, URL or package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +81,10 @@ class TokenizerSource:
 
 def resolve(name: str, revision: str | None = None, access: Access | None = None, what: str = "model") -> ModelSource:
     """Finds out what exactly ``name`` stands for now. Raises ModelError."""
+    if name == POCKET and what == "model":
+        if revision:
+            raise ModelError(f"revision: {name} is the model of this package, which has no revisions; leave revision out")
+        return ModelSource(name=name, kind="package", commit=_pocket_digest())
     if "://" in name:
         storage = Storage(name, access)
         return ModelSource(name=name, kind="url", commit=_directory_digest(storage, what))
@@ -114,6 +128,20 @@ def _hub_commit(name: str, revision: str | None, what: str) -> str:
     raise ModelError(f"{what} {name}: no such directory, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and the local cache has no copy")
 
 
+def _pocket_digest() -> str:
+    if not (POCKET_PATH / "config.json").is_file():
+        raise ModelError(f"model {POCKET}: this installation of llmemb_ray lacks {POCKET_PATH}; install the package whole, or name another model")
+    return _directory_digest(Storage(str(POCKET_PATH)), "model")
+
+
+def weights_digest(source: ModelSource, access: Access | None = None) -> str:
+    """``sha256:…`` over the safetensors of a model, which copies of it have in common. Raises ModelError."""
+    place = source.name if source.kind == "url" else str(fetch(source, access))
+    storage = Storage(place, access)
+    entries = [entry for entry in storage.list() if entry.path.endswith(".safetensors")]
+    return _digest_of(storage, {entry.path: entry.size for entry in entries})
+
+
 def _directory_digest(storage: Storage, what: str) -> str:
     try:
         entries = [entry for entry in storage.list() if not Path(entry.path).name.startswith(".")]
@@ -122,8 +150,11 @@ def _directory_digest(storage: Storage, what: str) -> str:
     config = "adapter_config.json" if what == "adapter" else "config.json"
     if not any(entry.path == config for entry in entries):
         raise ModelError(f"{what} {storage.url}: holds no {config}")
-    relevant = [entry for entry in entries if entry.path.endswith((*WEIGHTS, ".json", ".model", ".txt", ".py", ".jinja"))]
+    relevant = [entry for entry in entries if entry.path not in BESIDE and entry.path.endswith((*WEIGHTS, ".json", ".model", ".txt", ".py", ".jinja"))]
+    return _digest_of(storage, {entry.path: entry.size for entry in relevant})
 
+
+def _digest_of(storage: Storage, sizes: dict[str, int]) -> str:
     def one(path: str) -> str:
         size = sizes[path]
         sha = hashlib.sha256(f"{path}:{size}:".encode())
@@ -136,7 +167,6 @@ def _directory_digest(storage: Storage, what: str) -> str:
                 sha.update(storage.read_range(path, start, start + SAMPLED_BLOCK_BYTES))
         return sha.hexdigest()
 
-    sizes = {entry.path: entry.size for entry in relevant}
     return "sha256:" + digest(storage.map(one, sorted(sizes)))
 
 
@@ -146,6 +176,10 @@ def fetch(source: ModelSource, access: Access | None = None, *, weights: bool = 
     weights: bring the weights too; pickled: even those that are pickled, which a repository often holds beside the same in safetensors.
     """
     left_out = WEIGHTS if not weights else OTHER_FRAMEWORKS if pickled else (*PICKLED, *OTHER_FRAMEWORKS)
+    if source.kind == "package":
+        if _pocket_digest() != source.commit:
+            raise ModelError(f"model {source.name}: the one of this node's llmemb_ray is another; install the same version of the package on every node")
+        return POCKET_PATH
     if source.kind == "directory":
         path = Path(source.name)
         if not path.is_dir():
@@ -451,6 +485,11 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded: {_first_line(error)}") from error
     _require_filled(path, info)
+    if quantization == "nf4" and dtype == torch.float32:
+        # On a CPU with AVX512-BF16 bitsandbytes would repack the layers for a kernel that computes in bfloat16.
+        for part in model.modules():
+            if type(part).__name__ == "Linear4bit":
+                part.support_avx512bf16_for_cpu = False
     if causal and not on_causal:
         model = getattr(model, model.base_model_prefix)
     if adapter is not None:
@@ -460,6 +499,34 @@ def load_model(
     if hasattr(model.config, "text_config"):  # a model of text and images: its text decoder
         model = model.get_decoder()
     return model.eval().requires_grad_(False)
+
+
+def load_whole(path: Path, *, adapter: Path | None, trust_remote_code: bool, context: Context, head: bool) -> Any:
+    """The model in float32 on the CPU with its adapter merged, fit to be saved. Raises ModelError.
+
+    head: with its language-model head, if the checkpoint has one or ties it
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    check_weight_files(path, allow_pickle=False)
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "use_safetensors": True, "output_loading_info": True}
+    options["config"] = configure(_whole_config(path, trust_remote_code=trust_remote_code), context=context)
+    on_causal = adapter is not None and _adapter_is_causal(adapter)
+    try:
+        with quiet_transformers():
+            whole, info = AutoModelForCausalLM.from_pretrained(path, **options)
+            if info["missing_keys"] and not on_causal:  # A checkpoint without a head.
+                whole, info = AutoModel.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {path}: cannot be loaded: {_first_line(error)}") from error
+    _require_filled(path, info)
+    headed = whole.can_generate()
+    decoder = getattr(whole, whole.base_model_prefix) if headed else whole
+    if adapter is not None:
+        _with_adapter(whole if on_causal else decoder, adapter, merge=True)
+    return whole if head else decoder
 
 
 def _require_filled(path: Path, info: dict[str, Any]) -> None:

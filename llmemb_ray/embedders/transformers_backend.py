@@ -168,17 +168,8 @@ class TransformersBackend:
 
     def _pool_padded(self, rows: TokenRows, pack: packing.Pack) -> torch.Tensor:
         """float32 [B, D]."""
-        lengths_B = rows.lengths[pack.rows]
-        ids_BL = np.zeros((len(pack.rows), int(lengths_B.max())), np.int64)
-        mask_BL = np.arange(ids_BL.shape[1])[None, :] < lengths_B[:, None]
-        ids_BL[mask_BL] = np.concatenate([rows[int(row)] for row in pack.rows])
-        hidden_BLD = self._forward(torch.from_numpy(ids_BL).to(self.device), attention_mask=torch.from_numpy(mask_BL.astype(np.int64)).to(self.device))
-        lengths = torch.from_numpy(lengths_B).to(hidden_BLD.device)
-        if self.pooling == "last":
-            return hidden_BLD[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()
-        positions = torch.arange(hidden_BLD.shape[1], device=lengths.device)
-        weights_BL = (positions < lengths[:, None]).float() * (1.0 if self.pooling == "mean" else (positions + 1).float())
-        return (hidden_BLD.float() * weights_BL[..., None]).sum(1) / weights_BL.sum(1, keepdim=True)
+        ids_BL, mask_BL, lengths_B = padded([rows[int(row)] for row in pack.rows], self.device)
+        return pool_padded(self._forward(ids_BL, attention_mask=mask_BL), lengths_B, self.pooling)
 
     def _forward_packed(self, ids: npt.NDArray[np.int32], layout: Layout) -> torch.Tensor:
         """[T, D] states at the pooled layer."""
@@ -258,6 +249,25 @@ class TransformersBackend:
         eight_bit = any(type(module).__name__ == "Linear8bitLt" for module in self.model.modules())
         least = LLM_INT8_COSINE if eight_bit else SELF_TEST_COSINE.get(str(a.dtype).removeprefix("torch."), 0.98)
         return bool(torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).min() >= least)
+
+
+def padded(rows: list[npt.NDArray[np.int32]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right-padded rows for a forward pass: ids and attention mask, int64 [B, L], and lengths, int64 [B]."""
+    lengths_B = np.array([len(row) for row in rows], np.int64)
+    ids_BL = np.zeros((len(rows), int(lengths_B.max())), np.int64)
+    mask_BL = np.arange(ids_BL.shape[1])[None, :] < lengths_B[:, None]
+    ids_BL[mask_BL] = np.concatenate(rows)
+    return tuple(torch.from_numpy(array).to(device) for array in (ids_BL, mask_BL.astype(np.int64), lengths_B))  # type: ignore[return-value]
+
+
+def pool_padded(hidden_BLD: torch.Tensor, lengths_B: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """float32 [B, D], of the states of right-padded rows; carries gradients."""
+    lengths = lengths_B.to(hidden_BLD.device)
+    if pooling == "last":
+        return hidden_BLD[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()
+    positions = torch.arange(hidden_BLD.shape[1], device=lengths.device)
+    weights_BL = (positions < lengths[:, None]).float() * (1.0 if pooling == "mean" else (positions + 1).float())
+    return (hidden_BLD.float() * weights_BL[..., None]).sum(1) / weights_BL.sum(1, keepdim=True)
 
 
 def check_layer(layer: int, layers: int) -> None:

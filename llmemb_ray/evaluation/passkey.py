@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmemb_ray.config.evaluation import PASSKEY_LENGTHS, EvaluateSettings
+from llmemb_ray.embedders.beside import representation_of
 from llmemb_ray.embedders.embedder import EmbedderSpec
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.evaluation.bitext import unit
@@ -203,7 +204,7 @@ def _plain(spec: EmbedderSpec, settings: EvaluateSettings) -> EmbedderSpec:
     """The embedder of documents: without the user's instruction, which is for queries."""
     if settings.instruction is None:
         return spec
-    plain = settings.model_copy(update={"instruction": None}).build_representation()
+    plain = representation_of(settings.model_copy(update={"instruction": None}))
     return replace(spec, representation=replace(plain, max_tokens=spec.representation.max_tokens))
 
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmemb_ray.config import EmbedSettings, EvaluateSettings
+from llmemb_ray.embedders.beside import representation_of
 from llmemb_ray.embedders.embedder import EmbedderSpec
 from llmemb_ray.errors import InputError, RunFailed
 from llmemb_ray.evaluation.suite import Corpus, Embedded, Floats, Need, Texts
@@ -151,7 +152,7 @@ class Vectors:
     def _name(self, job_settings: dict[str, Any], texts: str) -> str:
         """A digest of texts and of what decides their vectors, cut to a name."""
         made = EmbedSettings.make(job_settings | {"input": ["-"], "output": "-"})
-        representation = made.build_representation()
+        representation = representation_of(made)
         if representation.max_tokens is None:
             representation = replace(representation, max_tokens=self._spec.representation.max_tokens)
         space = replace(self._spec, representation=representation).space

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from llmemb_ray.config import EmbedSettings, MineSettings, parse_actors
 from llmemb_ray.corpus.columns import id_values
+from llmemb_ray.embedders.beside import representation_of
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import NotFound, OutputError, RunMismatch
 from llmemb_ray.mining import equality, negatives, pairs, positives, triples
@@ -108,7 +109,7 @@ def mine(settings: MineSettings, *, say: Say = lambda line: None) -> Mined:
     started = time.monotonic()
     settings = settings.model_copy(update={"out": settings.out.rstrip("/")})
     output = Storage(absolute(settings.out), settings.access)
-    asked = settings.model_copy(update={"role": "document" if settings.symmetric else "query"}).build_representation()
+    asked = representation_of(settings.model_copy(update={"role": "document" if settings.symmetric else "query"}))
     spec = settle(settings, asked)
     files = pairs.files_of(settings)
     given = _corpus_run(settings, spec)

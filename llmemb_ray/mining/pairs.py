@@ -6,24 +6,19 @@ they come from a file of their own. A part is as many queries as are searched fo
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import posixpath
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llmemb_ray.config import MineSettings
-from llmemb_ray.corpus.files import discover
-from llmemb_ray.errors import ConfigError, InputError, NotFound
+from llmemb_ray.corpus import rows as corpus_rows
+from llmemb_ray.corpus.rows import version as version
+from llmemb_ray.errors import ConfigError, InputError
 from llmemb_ray.shards.schema import parquet_bytes
-from llmemb_ray.storage import Access, Storage, absolute, locate, redact
+from llmemb_ray.storage import Access, Storage, absolute, redact
 
 DIRECTORY, REJECTS = "pairs", "rejects"
 
@@ -34,12 +29,6 @@ QUERY_NAMES, POSITIVE_NAMES, POSITIVE_ID_NAMES, ID_NAMES = (
     ("query_id", "id", "_id"),
 )
 """Columns taken, the first that is there, where none is named."""
-
-LINES = {".jsonl": "JSON lines", ".ndjson": "JSON lines", ".csv": "CSV", ".tsv": "TSV"}
-
-BATCH_ROWS = 4096
-FIELD_CHARACTERS = 2**31 - 1
-"""Of one CSV field; Python's own limit of 131,072 is less than a long document."""
 
 SCHEMA = pa.schema(
     [
@@ -102,24 +91,7 @@ def part_name(number: int) -> str:
 
 def files_of(settings: MineSettings) -> list[str]:
     """URLs of the files that the settings name. Raises InputError or ConfigError."""
-    urls: list[str] = []
-    for given in settings.queries:
-        url = absolute(given)
-        if posixpath.splitext(url)[1].lower() in LINES:
-            urls.append(url)
-        else:
-            urls += [found.url for found in discover([given], settings.access)]
-    return urls
-
-
-def version(url: str, access: Access) -> list[Any]:
-    """What changes with a file: its URL, size and version. Raises InputError where it is not there."""
-    storage, name = locate(url, access)
-    try:
-        entry = storage.info(name)
-    except NotFound as error:
-        raise InputError(f"{error}; check the path") from error
-    return [redact(url), entry.size, entry.version]
+    return corpus_rows.files_of(settings.queries, settings.access, setting="queries")
 
 
 def write(settings: MineSettings, files: Sequence[str], output: Storage) -> Written:
@@ -149,10 +121,15 @@ def write(settings: MineSettings, files: Sequence[str], output: Storage) -> Writ
             pairs += len(held)
         held, bad, flushed = [], [], flushed + 1
 
+    columns: Columns
     for file, url in enumerate(files):
-        columns: Columns | None = None
-        for number, (names, values) in enumerate(_rows(url, access, lambda names: _columns(settings, names, redact(url)))):  # noqa: B023 - used at once
-            columns = columns or _columns(settings, names, redact(url))
+
+        def choose(names: Sequence[str], url: str = url) -> Sequence[str]:
+            nonlocal columns
+            columns = _columns(settings, names, redact(url))
+            return columns.names
+
+        for number, values in enumerate(corpus_rows.read(url, access, choose, setting="queries")):
             by_id = by_id or columns.positive_id is not None
             made = _row(values, columns, judged, file, number)
             rows += 1
@@ -175,7 +152,7 @@ def read_qrels(url: str, access: Access) -> dict[str, list[str]]:
     """Ids of the positives by id of the query. Raises InputError at a line that is malformed."""
     shown = redact(url)
     judged: dict[str, list[str]] = {}
-    for number, line in enumerate(_text(absolute(url), access, "qrels"), 1):
+    for number, line in enumerate(corpus_rows.text_lines(absolute(url), access, setting="qrels"), 1):
         fields = line.rstrip("\r\n").split("\t")
         if (number == 1 and not _is_number(fields[-1])) or not line.strip():
             continue
@@ -269,76 +246,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-Row = tuple[Sequence[str], dict[str, Any]]
-
-
-def _rows(url: str, access: Access, check: Callable[[Sequence[str]], Columns]) -> Iterator[Row]:
-    """(the file's columns, values of a row) of each row. check: told the columns before rows are read; raises ConfigError."""
-    kind = LINES.get(posixpath.splitext(url)[1].lower())
-    if kind == "JSON lines":
-        return _json_lines(url, access)
-    return _parquet(url, access, check) if kind is None else _csv(url, access, check, "\t" if kind == "TSV" else ",")
-
-
-def _parquet(url: str, access: Access, check: Callable[[Sequence[str]], Columns]) -> Iterator[Row]:
-    storage, name = locate(url, access)
-    try:
-        with storage.open(name) as reader:
-            file = pq.ParquetFile(reader)
-            names = file.schema_arrow.names
-            for batch in file.iter_batches(BATCH_ROWS, columns=check(names).names):
-                for row in batch.to_pylist():
-                    yield names, row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"queries: {redact(url)} cannot be read as Parquet: {error}") from error
-
-
-def _json_lines(url: str, access: Access) -> Iterator[Row]:
-    shown, names = redact(url), None
-    for number, line in enumerate(_text(url, access, "queries"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"queries: {shown} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f'queries: {shown} line {number} is no object; write {{"query": …, "positive": …}}')
-        names = names or list(row)
-        yield names, row
-
-
-def _csv(url: str, access: Access, check: Callable[[Sequence[str]], Columns], delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(min(FIELD_CHARACTERS, sys.maxsize))
-    lines = csv.reader(_text(url, access, "queries"), delimiter=delimiter, strict=True)
-    try:
-        names = next(lines, None)
-        if names is None:
-            return
-        check(names)
-        for row in lines:
-            if not row:
-                continue
-            if len(row) != len(names):
-                raise InputError(
-                    f"queries: {redact(url)} line {lines.line_num} has {len(row)} fields, its heading {len(names)}; quote fields that hold {delimiter!r}"
-                )
-            yield names, dict(zip(names, row, strict=True))
-    except csv.Error as error:
-        raise InputError(f"queries: {redact(url)} line {lines.line_num} is not CSV: {error}") from error
-
-
-def _text(url: str, access: Access, setting: str) -> Iterator[str]:
-    """The lines of a text file with their ends, streamed."""
-    storage, name = locate(url, access)
-    try:
-        with io.TextIOWrapper(storage.open(name), encoding="utf-8-sig", newline="") as lines:
-            yield from lines
-    except NotFound as error:
-        raise InputError(f"{setting}: {error}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{setting}: {redact(url)} is not UTF-8: {error.reason} at byte {error.start} of a block; write it as UTF-8") from error

@@ -144,3 +144,10 @@ def preset(
         raise ConfigError(f"prompt: {prompt!r} is neither one of {', '.join(templates.PRESETS)} nor a template with {{text}}")
     form = Form(template=template, clean=clean)
     return form, form, False
+
+
+def is_e5(representation: Representation) -> bool:
+    """Whether both forms are those of prompt e5, with whatever instruction or none."""
+    head, tail = templates.E5_QUERY.split("{instruction}")
+    found = [representation.form(role).template for role in ROLES]
+    return representation.append_eos and all(template == templates.NONE or (template.startswith(head) and template.endswith(tail)) for template in found)
