@@ -54,6 +54,8 @@ soak: $(READY)   ## the long proofs, an hour and more; their records go to bench
 	$(BIN)/python benchmarks/memory.py rows 100000 1000000
 	$(BIN)/python benchmarks/memory.py rows 10000000 --kill
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/demonstrations.py
+	$(BIN)/python benchmarks/finetune.py memory
+	$(BIN)/python benchmarks/finetune.py steps
 
 docs: $(READY)   ## write docs/reference.md from the commands
 	$(BIN)/python docs/make_reference.py

@@ -1,7 +1,7 @@
 """What a training left beside an adapter or a model: the representation it learnt, and of which base.
 
 Invariant: an adapter makes vectors in the representation that it was trained with, or none at all; what was not learnt
-(the length of prompts, the instruction of an e5 query) may be chosen. Knows no weights.
+(the length of prompts and of vectors, cleaning, the instruction of an e5 query) may be chosen. Knows no weights.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FREE = ("max_tokens", "normalize", "dimensions")
+"""Fields of a representation that no weight learns, like the cleaning of texts, which paper 1 trains without and evaluates with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
@@ -43,10 +46,9 @@ class Beside:
         made = settings.build_representation(self.representation)
         if self.adapter is None or self.representation is None:
             return made
-        allowed = {"max_tokens": self.representation.max_tokens}
-        forms = {}
-        if is_e5(made) and is_e5(self.representation):
-            forms = {role: replace(made.form(role), template=self.representation.form(role).template) for role in ROLES}
+        allowed = {name: getattr(self.representation, name) for name in FREE}
+        e5 = is_e5(made) and is_e5(self.representation)
+        forms = {role: self.representation.form(role) if e5 else replace(self.representation.form(role), template=made.form(role).template) for role in ROLES}
         changed = list(differences(self.representation.to_dict(), replace(made, **allowed, **forms).to_dict()))  # type: ignore[arg-type]
         if changed:
             lines = "\n".join(f"  {name}: the adapter has {learnt!r}, asked for is {asked!r}" for name, learnt, asked in changed)

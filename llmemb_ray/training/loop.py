@@ -66,6 +66,8 @@ class _Sums:
     """Of the steps since the last line."""
 
     steps: int = 0
+    contrasted: int = 0
+    """Of the steps, those with positives."""
     loss: float = 0.0
     contrastive: float = 0.0
     distillation: float = 0.0
@@ -180,6 +182,7 @@ class Loop:
         sums = self._sums
         sums.steps += 1
         sums.loss += float(value)
+        sums.contrasted += prompts.positives > 0
         sums.contrastive += parts.contrastive
         sums.distillation += parts.distillation
         sums.accuracy += parts.accuracy
@@ -325,8 +328,9 @@ class Loop:
         sums, standing = self._sums, self.standing
         if not sums.steps:
             return
-        means = [sums.loss, sums.contrastive, sums.distillation, sums.accuracy, sums.norm]
-        shared = gathered(torch.tensor([[*(value / sums.steps for value in means), sums.masked, sums.tokens]], dtype=torch.float64, device=self.device))
+        contrasted = max(1, sums.contrasted)
+        means = [sums.loss / sums.steps, sums.contrastive / contrasted, sums.distillation / sums.steps, sums.accuracy / contrasted, sums.norm / sums.steps]
+        shared = gathered(torch.tensor([[*means, sums.masked, sums.tokens]], dtype=torch.float64, device=self.device))
         loss, contrastive, distilled, accuracy, norm = (float(value) for value in shared[:, :5].mean(dim=0))
         masked, tokens = (int(value) for value in shared[:, 5:].sum(dim=0))
         standing.tokens += tokens
@@ -337,9 +341,9 @@ class Loop:
                 "epoch": standing.step / self.batches.steps_per_epoch,
                 "task": task,
                 "loss": loss,
-                "contrastive": contrastive,
+                "contrastive": contrastive if sums.contrasted else None,
                 "distillation": distilled if self.settings.distill != "none" else None,
-                "accuracy": accuracy,
+                "accuracy": accuracy if sums.contrasted else None,
                 "masked": masked,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "gradient_norm": norm,

@@ -84,7 +84,9 @@ def line(row: Row, steps: int) -> str:
     parts = [at, f"loss {row['loss']:.3f}"]
     if row["contrastive"] is not None and row["distillation"] is not None:
         parts[-1] += f" (contrastive {row['contrastive']:.3f}, distillation {row['distillation']:.3f})"
-    parts += [f"accuracy {row['accuracy']:.1%}".replace("%", " %"), f"lr {scientific(row['learning_rate'])}"]
+    if row["accuracy"] is not None:
+        parts.append(f"accuracy {row['accuracy']:.1%}".replace("%", " %"))
+    parts.append(f"lr {scientific(row['learning_rate'])}")
     parts += [f"{quantity(row['tokens_per_second'])} tokens/s", memory(row["memory_bytes"])]
     if 0 < row["step"] < steps:
         parts.append(f"ETA {duration(row['seconds'] / row['step'] * (steps - row['step']))}")

@@ -84,8 +84,6 @@ def test_an_adapter_s_representation_is_used_by_itself_in_the_space_of_the_same_
     [
         ({"prompt": "prompteol"}, "query.template"),
         ({"pooling": "last"}, "pooling: the adapter has 'mean', asked for is 'last'"),
-        ({"normalize": False}, "normalize"),
-        ({"clean": "senteval"}, "document.clean"),
         ({"layer": 1}, "layer"),
         ({"append_eos": False}, "append_eos"),
     ],
@@ -97,8 +95,10 @@ def test_an_adapter_refuses_another_representation(base: Path, tmp_path: Path, o
     assert "leave these options out" in str(caught.value)
 
 
-def test_length_and_instruction_were_not_learnt(base: Path, tmp_path: Path) -> None:
+def test_length_cleaning_and_instruction_were_not_learnt(base: Path, tmp_path: Path) -> None:
     trained(base, tmp_path / "adapter")
+    free = settled(base, adapter=str(tmp_path / "adapter"), normalize=False, dimensions=4, clean="senteval").representation
+    assert (free.normalize, free.dimensions, free.query.clean, free.document.clean) == (False, 4, "senteval", "senteval")
     learnt = settled(base, adapter=str(tmp_path / "adapter")).representation
     asked = settled(base, adapter=str(tmp_path / "adapter"), max_tokens=50, instruction="Find a duplicate", role="query").representation
     assert asked.max_tokens == 50

@@ -27,7 +27,8 @@ def charts(steps: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, str]:
     drawn: dict[str, Any] = {}
     if steps:
         drawn["chart-loss"] = _losses(steps)
-        drawn["chart-accuracy"] = _curve(steps, "accuracy", "in the batch", COLOURS[2], smooth=True, layout={"tickformat": ".0%", "range": [0, 1]})
+        if any(row["accuracy"] is not None for row in steps):
+            drawn["chart-accuracy"] = _curve(steps, "accuracy", "in the batch", COLOURS[2], smooth=True, layout={"tickformat": ".0%", "range": [0, 1]})
         drawn["chart-rate"] = _curve(steps, "learning_rate", "learning rate", COLOURS[4])
         drawn["chart-norm"] = _curve(steps, "gradient_norm", "norm of the gradient", COLOURS[5], smooth=True)
         drawn["chart-speed"] = _curve(steps, "tokens_per_second", "tokens/s", COLOURS[0])

@@ -87,7 +87,11 @@ def _tiles(steps: Sequence[Row], evaluations: Sequence[Row], whole: int | None) 
     return [
         Tile(name="steps", value=f"{last['step']:,}", small=f"{progress}epoch {last['epoch']:.2f}"),
         Tile(name="loss", value=f"{last['loss']:.3f}", small=f"first logged {steps[0]['loss']:.3f}"),
-        Tile(name="accuracy in the batch", value=f"{last['accuracy']:.1%}", small=f"first logged {steps[0]['accuracy']:.1%}"),
+        *(
+            [Tile(name="accuracy in the batch", value=f"{last['accuracy']:.1%}", small=f"first logged {steps[0]['accuracy']:.1%}")]
+            if last["accuracy"] is not None and steps[0]["accuracy"] is not None
+            else []
+        ),
         *found,
         Tile(name="time", value=duration(last["seconds"])),
         Tile(name="tokens", value=quantity(last["tokens"]), small=f"{quantity(sum(speeds) / len(speeds))} a second" if speeds else ""),
