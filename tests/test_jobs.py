@@ -139,6 +139,8 @@ def test_the_plan_job_prints_what_the_command_prints(model: Path, tmp_path: Path
 
 def test_fine_tuning_runs_on_the_cluster_with_data_and_checkpoints_on_s3(cluster: RayCluster, s3: S3Server, model: Path) -> None:
     """On two workers; the adapter then embeds by its own representation."""
+    s3.path("texts").mkdir()
+    pq.write_table(pa.table({"text": ["a dog runs", "a cat"]}), s3.path("texts/a.parquet"))
     s3.path("train").mkdir()
     rows = [{"sent0": f"a dog runs {n}", "sent1": f"dog {n}", "hard_neg": f"a cat sleeps {n}"} for n in range(64)]
     pq.write_table(pa.Table.from_pylist(rows), s3.path("train/a.parquet"))
@@ -151,8 +153,6 @@ def test_fine_tuning_runs_on_the_cluster_with_data_and_checkpoints_on_s3(cluster
     assert "step 16/16, loss" in done.stdout
     assert s3.path("tuned/checkpoints/step-000016/complete.json").exists()
     assert s3.path("tuned/training.html").exists()
-    s3.path("texts").mkdir()
-    pq.write_table(pa.table({"text": ["a dog runs", "a cat"]}), s3.path("texts/a.parquet"))
     embedded = submit(cluster, s3, s3.url("texts"), s3.url("vectors"), "--model", s3.url("base"), "--adapter", s3.url("tuned/adapter"), "--actors", "1")
     assert embedded.returncode == 0, embedded.stdout + embedded.stderr
     assert Run(Storage(s3.url("vectors"), s3.access())).plan.space["representation"]["pooling"] == "mean"

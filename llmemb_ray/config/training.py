@@ -158,9 +158,22 @@ class FinetuneSettings(RepresentationSettings, WeightsSettings):
         if isinstance(values, dict):
             if type(values.get("workers")) is int:
                 values = values | {"workers": str(values["workers"])}
+            cls._check_given(values)
             if values.get("preset") in PRESETS:
-                return PRESETS[values["preset"]] | values
+                left_out = {"prompt", "max_tokens"} if values.get("representation") is not None else set()
+                return {name: value for name, value in PRESETS[values["preset"]].items() if name not in left_out} | values
         return values
+
+    @classmethod
+    def _check_given(cls, values: dict[str, Any]) -> None:
+        """Raises ValueError for what was given, not by a preset, and would do nothing."""
+        idle = sorted(name for name in values if name.startswith("lora_") and values.get("method") == "full")
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: nothing with method full; leave it out")
+        if "distill_weight" in values and values.get("distill", "none") == "none":
+            raise ValueError("distill_weight: does nothing without distill")
+        if "eval_steps" in values and values.get("evaluate", "none") == "none":
+            raise ValueError("eval_steps: does nothing without evaluate")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -180,6 +193,8 @@ class FinetuneSettings(RepresentationSettings, WeightsSettings):
             raise ValueError("patience: needs an evaluation; give evaluate")
         if "role" in self.model_fields_set:
             raise ValueError("role: anchors are embedded as queries and positives as documents; leave it out")
+        if any(size < 1 for size in self.matryoshka):
+            raise ValueError(f"matryoshka: {self.matryoshka} must be positive numbers of dimensions")
         if self.layer != -1 and self.shard_parameters:
             raise ValueError("layer: with shard_parameters only the last layer's states are trained; leave one of them out")
         if self.guide is None and "guide_margin" in self.model_fields_set:

@@ -1,7 +1,7 @@
 """Rows of Parquet, JSON lines, CSV and TSV files as mappings, streamed: for files that are read whole, whatever their kind.
 
-Invariant: the same files give the same rows in the same order; memory holds one row group's batch or one line. Knows nothing of what the
-columns mean: who reads says which it wants once it was told their names.
+Invariant: the same files give the same rows in the same order; memory holds one row group's batch, or the first lines and then one. Knows
+nothing of what the columns mean: who reads says which it wants once it was told their names.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import posixpath
 import sys
@@ -26,6 +27,8 @@ LINES = {".jsonl": "JSON lines", ".ndjson": "JSON lines", ".csv": "CSV", ".tsv":
 """Kinds by ending; a file of another one is taken for Parquet."""
 
 BATCH_ROWS = 4096
+FIRST_ROWS = 100
+"""Of JSON lines: the columns of a file are those that any of them has."""
 FIELD_CHARACTERS = 2**31 - 1
 """Of one CSV field; Python's own limit of 131,072 is less than a long document."""
 
@@ -74,7 +77,7 @@ def version(url: str, access: Access) -> list[Any]:
 
 
 def columns_of(url: str, access: Access, *, setting: str) -> list[str]:
-    """The file's columns: of JSON lines those of the first row; [] of a file without rows. Raises InputError."""
+    """The file's columns: of JSON lines those of the first ``FIRST_ROWS`` rows; [] of a file without rows. Raises InputError."""
     seen: list[str] = []
 
     def keep(names: Sequence[str]) -> Sequence[str]:
@@ -87,7 +90,8 @@ def columns_of(url: str, access: Access, *, setting: str) -> list[str]:
 
 
 def read(url: str, access: Access, choose: Choose, *, setting: str) -> Rows:
-    """Values of each row by column. ``choose`` is called once, before the first row; rows of JSON lines and CSV hold other columns too.
+    """Values of each row by column. ``choose`` is called once, before the first row; rows of JSON lines and CSV hold other columns too, and
+    those of JSON lines only their own, which need not be among those of the file.
 
     setting: named in messages. Raises InputError for a file that is not there or malformed, with its line.
     """
@@ -95,6 +99,26 @@ def read(url: str, access: Access, choose: Choose, *, setting: str) -> Rows:
     if kind == "JSON lines":
         return _json_lines(url, access, choose, setting)
     return _parquet(url, access, choose, setting) if kind == "Parquet" else _csv(url, access, choose, "\t" if kind == "TSV" else ",", setting)
+
+
+def text_problem(value: Any) -> str | None:
+    """Why a value is no text: 'null', 'not text', 'empty' (nothing but white space), 'not valid Unicode' (JSON's lone surrogates); None if it is one."""
+    if value is None:
+        return "null"
+    if not isinstance(value, str):
+        return "not text"
+    if not value.strip():
+        return "empty"
+    return None if is_unicode(value) else "not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_lines(url: str, access: Access, *, setting: str) -> Iterator[str]:
@@ -123,7 +147,16 @@ def _parquet(url: str, access: Access, choose: Choose, setting: str) -> Rows:
 
 
 def _json_lines(url: str, access: Access, choose: Choose, setting: str) -> Rows:
-    shown, chosen = redact(url), False
+    rows = _objects(url, access, setting)
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    if first:
+        choose(list(dict.fromkeys(name for row in first for name in row)))
+    yield from first
+    yield from rows
+
+
+def _objects(url: str, access: Access, setting: str) -> Rows:
+    shown = redact(url)
     for number, line in enumerate(text_lines(url, access, setting=setting), 1):
         if not line.strip():
             continue
@@ -133,9 +166,6 @@ def _json_lines(url: str, access: Access, choose: Choose, setting: str) -> Rows:
             raise InputError(f"{setting}: {shown} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f'{setting}: {shown} line {number} is no object; write {{"COLUMN": value, …}}')
-        if not chosen:
-            choose(list(row))
-            chosen = True
         yield row
 
 

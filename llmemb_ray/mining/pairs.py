@@ -195,15 +195,19 @@ def _columns(settings: MineSettings, names: Sequence[str], shown: str) -> Column
 
 
 def _row(values: dict[str, Any], columns: Columns, judged: dict[str, list[str]] | None, file: int, number: int) -> dict[str, Any] | Bad:
-    id_ = values.get(columns.query_id) if columns.query_id else None
+    id_name = columns.query_id or next((name for name in ID_NAMES if name in values), None)  # Rows of JSON lines may have what their file's first lack.
+    id_ = values.get(id_name) if id_name else None
     query_id = None if id_ is None else str(id_)
+    sound = query_id is None or corpus_rows.is_unicode(query_id)
 
     def bad(reason: str, detail: str) -> Bad:
-        return Bad(query_file=file, query_row=number, query_id=query_id, reason=reason, detail=detail)
+        return Bad(query_file=file, query_row=number, query_id=query_id if sound else None, reason=reason, detail=detail)
 
     anchor = values.get(columns.query)
-    if problem := _problem(anchor):
+    if problem := corpus_rows.text_problem(anchor):
         return bad(problem, f"column {columns.query!r}: {_shown(anchor)} is no text to search for")
+    if not sound:
+        return bad("not valid Unicode", f"column {id_name!r}: {_shown(query_id)} is no id of a query")
     if judged is not None:
         ids = judged.get(query_id or "", [])
         if not ids:
@@ -216,24 +220,18 @@ def _row(values: dict[str, Any], columns: Columns, judged: dict[str, list[str]] 
         items = value if isinstance(value, list) else [value]
         if columns.positive:
             for item in items:
-                if problem := _problem(item):
+                if problem := corpus_rows.text_problem(item):
                     return bad(problem, f"column {name!r}: {_shown(item)} is no text of a positive")
             texts, ids = [str(item) for item in dict.fromkeys(items)], []
         else:
             if any(item is None or isinstance(item, dict | list) or item == "" for item in items):
                 return bad("null", f"column {name!r}: {_shown(value)} is no id of a positive")
             texts, ids = [], list(dict.fromkeys(str(item) for item in items))
+            if not all(map(corpus_rows.is_unicode, ids)):
+                return bad("not valid Unicode", f"column {name!r}: {_shown(value)} is no id of a positive")
         if not texts and not ids:
             return bad("no positive", f"column {name!r}: the list is empty")
     return {"query_file": file, "query_row": number, "query_id": query_id, "anchor": anchor, "positives": texts, "positive_ids": ids}
-
-
-def _problem(value: Any) -> str | None:
-    if value is None:
-        return "null"
-    if not isinstance(value, str):
-        return "not text"
-    return None if value.strip() else "empty"
 
 
 def _shown(value: Any) -> str:

@@ -175,6 +175,7 @@ def _write_model(spec: EmbedderSpec, settings: ExportModelSettings, directory: P
         adapter=models.fetch(spec.adapter, spec.access) if spec.adapter else None,
         trust_remote_code=spec.trust_remote_code,
         context=spec.context,
+        positions=spec.representation.max_tokens or 0,
         head=settings.to == "merged",
     )
     model.to(getattr(torch, settings.dtype))

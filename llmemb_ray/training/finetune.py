@@ -18,28 +18,40 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmemb_ray.config import FinetuneSettings
+from llmemb_ray.corpus import rows as corpus_rows
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import NotFound, OutputError, RunFailed, RunMismatch
+from llmemb_ray.errors import LeaseHeld, NotFound, OutputError, RunFailed, RunMismatch
 from llmemb_ray.pipeline import planning
 from llmemb_ray.representation.space import differences
 from llmemb_ray.shards.lease import PATH as LEASE
 from llmemb_ray.shards.lease import LeaseHolder
 from llmemb_ray.storage import Entry, Storage, absolute, redact
-from llmemb_ray.training import judging, metrics, outcome
-from llmemb_ray.training.batches import Batches
+from llmemb_ray.training import judging, metrics, outcome, sources
+from llmemb_ray.training.batches import DIRECTORY, Batches
+from llmemb_ray.training.batches import RECORD as DATA
+from llmemb_ray.training.checkpoints import ROOT as CHECKPOINTS
 from llmemb_ray.training.checkpoints import Checkpoints
 from llmemb_ray.training.worker import OUTCOMES, Board, Job, work
 from llmemb_ray.written import command_line, masked
 
-PLAN, RECORD = "finetune.json", "finetuned.json"
+PLAN, RECORD, PAGE = "finetune.json", "finetuned.json", "training.html"
 
 FORMAT = 1
 
 POLL_SECONDS = 0.5
 
+WAITING_SECONDS = 30.0
+"""After so long without a worker it is said what they wait for."""
+
+STARTS = 30
+"""Times that Ray Train waits for workers, a minute each, before it gives up."""
+
+MOST_CPUS = 8
+
 FREE = (
     "out", "overwrite", "workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address", "log_steps", "checkpoint_steps", "micro_batch",
-    "gradient_checkpointing", "data", "endpoint_url", "storage_options", "storage_retry_seconds", "allow_pickle", "trust_remote_code", "preset",
+    "gradient_checkpointing", "shard_parameters", "data", "endpoint_url", "storage_options", "storage_retry_seconds", "allow_pickle", "trust_remote_code",
+    "preset",
     "model", "revision", "train", "representation", "prompt", "demo", "instruction", "clean", "pooling", "layer", "normalize", "dimensions",
     "max_tokens", "rope_theta", "sliding_window", "append_eos", "role",
 )  # fmt: skip
@@ -106,43 +118,60 @@ def finetune(settings: FinetuneSettings, *, say: Say = lambda line: None) -> Fin
     settings = settings.model_copy(update={"out": settings.out.rstrip("/")})
     spec = settle(settings.model_settings())
     output = Storage(absolute(settings.out), settings.access)
-    judge_early = judging.StsDev(settings.data) if settings.evaluate == "sts-dev" else None
-    with LeaseHolder(output, dict, waiting=say), connected(settings.ray_address):
+    with LeaseHolder(output, dict, waiting=say) as held:
         _settle_plan(settings, spec, output)
-        batches = prepare(settings, output, say=say)
         finished = _finished(output)
         if finished is not None:
             say(f"{finished.out} is finished already")
             return finished
-        judge: judging.Judge | None = judging.HeldOut(batches.heldout()) if settings.evaluate == "holdout" else judge_early
-        steps = min(batches.steps, settings.max_steps or batches.steps)
-        resumed = Checkpoints(output).latest()
-        if resumed:
-            say(f"goes on from step {resumed:,} of {steps:,}")
-        job = Job(settings=settings, spec=spec, output=output, judge=judge)
-        standing = _train(job, steps, say)
-    return _finish(job, batches, standing, steps)
+        judge: judging.Judge | None = judging.StsDev(settings.data) if settings.evaluate == "sts-dev" else None
+        with connected(settings.ray_address):
+            batches = prepare(settings, output, say=say)
+            if settings.evaluate == "holdout":
+                judge = judging.HeldOut(batches.heldout())
+            steps = min(batches.steps, settings.max_steps or batches.steps)
+            resumed = Checkpoints(output).steps()
+            if resumed:
+                say(f"goes on from step {resumed[-1]:,} of {steps:,}")
+            job = Job(settings=settings, spec=spec, output=output, judge=judge)
+            standing = _train(job, steps, say, held)
+        _require_lease(held)
+        return _finish(job, batches, standing, steps)
+
+
+def _require_lease(held: LeaseHolder) -> None:
+    if held.lost is not None:
+        raise LeaseHeld(f"{held.lost}; this training stops, the other one goes on from its checkpoints")
 
 
 def _settle_plan(settings: FinetuneSettings, spec: EmbedderSpec, output: Storage) -> None:
     """Keeps what is asked for, or compares it with what OUT was begun with. Raises RunMismatch, OutputError."""
-    training = {name: value for name, value in settings.model_dump(mode="json").items() if name not in FREE}
+    training = masked({name: value for name, value in settings.model_dump(mode="json").items() if name not in FREE})
     asked = json.loads(json.dumps({"format": FORMAT, "space": spec.space.to_dict(), "training": training}))
     try:
         there = json.loads(output.read(PLAN))
     except NotFound:
         foreign = _others(output)
-        if foreign and not settings.overwrite:
-            raise OutputError(
-                f"out: {output.url} is not empty ({foreign[0].path} …) and holds nothing that finetune began; choose another out, or set overwrite"
-            ) from None
+        if foreign:
+            raise OutputError(f"out: {output.url} is not empty ({foreign[0].path} …) and holds nothing that finetune began; choose another out") from None
         there = None
     changed = [] if there is None else [f"  {name}: there {theirs!r}, asked for now {ours!r}" for name, ours, theirs in differences(asked, there)]
-    if changed and not settings.overwrite:
+    begun = output.exists(DATA) or bool(Checkpoints(output).steps())
+    if changed and begun and not settings.overwrite:
         raise RunMismatch(f"out: {output.url} holds another training; name another out, or set overwrite:\n" + "\n".join(changed))
     if settings.overwrite:
-        output.delete([entry.path for entry in _others(output)])
+        for origin in sources.settle(settings):  # What cannot begin deletes nothing.
+            for url in origin.files:
+                corpus_rows.version(url, settings.access)
+        _clear(output)
     output.put(PLAN, json.dumps(asked, indent=1, ensure_ascii=False).encode())
+
+
+def _clear(output: Storage) -> None:
+    """Deletes what a training leaves, its record first; other files stay."""
+    output.delete([RECORD, metrics.JSONL, PAGE])
+    for directory in (CHECKPOINTS, *OUTCOMES.values(), DIRECTORY, posixpath.dirname(metrics.EVENTS)):
+        output.delete_tree(directory)
 
 
 def _others(output: Storage) -> list[Entry]:
@@ -157,36 +186,37 @@ def _finished(output: Storage) -> Finetuned | None:
         return None
 
 
-def _train(job: Job, steps: int, say: Say) -> dict[str, Any]:
+def _train(job: Job, steps: int, say: Say, held: LeaseHolder) -> dict[str, Any]:
     """The Standing of the first worker at the end. Raises what a worker told, or RunFailed."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     settings = job.settings
     low, high = settings.worker_range
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
-    cpus = settings.cpus_per_worker or (1.0 if gpus else max(1, int(ray.cluster_resources().get("CPU", 1)) // high))
-    board = ray.remote(num_cpus=0)(Board).remote()
+    cpus = settings.cpus_per_worker or (1.0 if gpus else _cpus(high))
+    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
     job = replace(job, board=board, threads=None if gpus else max(1, int(cpus)))
     with tempfile.TemporaryDirectory(prefix="llmemb-train-") as scratch:
         trainer = TorchTrainer(
             work,
             train_loop_config={"job": job},
-            scaling_config=ScalingConfig(
-                num_workers=low if low == high else (low, high), use_gpu=gpus > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-            ),
+            scaling_config=ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(
                 name=f"llmemb-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=settings.max_failures),
+                failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=STARTS),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
         try:
-            with _shown(board, steps, say):
+            with _shown(board, steps, say, held, f"{low} × {resources}"):
                 result = trainer.fit()
         except TrainingFailedError as error:
             _raise_told(board)
@@ -196,19 +226,36 @@ def _train(job: Job, steps: int, say: Say) -> dict[str, Any]:
     return result.return_value
 
 
+def _cpus(workers: int) -> float:
+    """CPU cores of a worker where there are no GPUs: what the smallest node has for each that it may have to hold, at most 8."""
+    import ray
+
+    cores = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if not cores:
+        return 1.0
+    return float(max(1, min(MOST_CPUS, int(min(cores)) // -(-workers // len(cores)))))
+
+
 @contextlib.contextmanager
-def _shown(board: Any, steps: int, say: Say) -> Iterator[None]:
-    """Says each row that workers tell, while the block runs."""
+def _shown(board: Any, steps: int, say: Say, held: LeaseHolder, wanted: str) -> Iterator[None]:
+    """Says each row that workers tell, and what they wait for, while the block runs."""
     import ray
 
     stop = threading.Event()
 
     def show() -> None:
+        began, said = False, time.monotonic()
         while True:
             ended = stop.wait(POLL_SECONDS)
             with contextlib.suppress(ray.exceptions.RayError):  # The training's own error matters more.
                 for row in ray.get(board.take.remote()):
                     say(metrics.line(row, steps))
+                if held.lost is not None:
+                    board.fail.remote(LeaseHeld(held.lost))
+                began = began or ray.get(board.began.remote())
+                if not began and time.monotonic() - said > WAITING_SECONDS:
+                    said = time.monotonic()
+                    say(f"waiting for room for workers: {wanted}; free in the cluster: {ray.available_resources()}; lower workers or cpus_per_worker")
             if ended:
                 return
 
@@ -224,9 +271,10 @@ def _shown(board: Any, steps: int, say: Say) -> Iterator[None]:
 def _raise_told(board: Any) -> None:
     import ray
 
-    error = ray.get(board.error.remote())
-    if error is not None:
-        raise error
+    with contextlib.suppress(ray.exceptions.RayError):  # Gone with its node: the training's own error matters more.
+        error = ray.get(board.error.remote())
+        if error is not None:
+            raise error
 
 
 def _reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from llmemb_ray.storage import Storage
 from llmemb_ray.training import order, reading
 from llmemb_ray.training.batches import HELDOUT, SCHEMA, SHARD
 from llmemb_ray.training.order import Group, Ints, Steps
+
+PLACED_ROWS = 65_536
 
 PLACED = pa.schema([*SCHEMA, ("shard", pa.int64()), ("step", pa.int64()), ("place", pa.int64())])
 
@@ -36,6 +39,8 @@ class Plan:
     epochs: Ints
     shards: Ints
     groups: list[Group]
+    told: list[tuple[str, ...]]
+    """Of each source, the instructions that each of its rows draws from by itself (mix_tasks); none where a step draws for all its rows."""
     seed: int
 
 
@@ -48,26 +53,35 @@ def read_file(batch: pa.Table, tasks: Any, storage: Storage) -> pa.Table:
         made, error = reading.FileRows(), (type(caught).__name__, str(caught))
     names = ("read", "parts", "groups", "reasons", "examples", "characters", "teacher_length")
     told = {name: getattr(made, name) for name in names} | {"error": error}
-    return pa.table({"number": [number], "told": [json.dumps(told)], "groups": pa.array([made.group_of.tobytes()], pa.large_binary())})
+    arrays = {name: pa.array([values.tobytes()], pa.large_binary()) for name, values in (("groups", made.group_of), ("anchors", made.anchors))}
+    return pa.table({"number": [number], "told": [json.dumps(told)]} | arrays)
 
 
-def place_rows(batch: pa.Table, plan: Any, storage: Storage) -> pa.Table:
-    """The rows of a part that the plan takes, as often as it does, each with its shard, step and place. plan: reference to a Plan."""
+def place_rows(batch: pa.Table, plan: Any, storage: Storage) -> Iterator[pa.Table]:
+    """The rows of a part that the plan takes, as often as it does, each with its shard, step and place. plan: reference to a Plan.
+
+    They come in tables of at most ``PLACED_ROWS`` rows and about ``PART_CHARACTERS`` of text, whatever the number of epochs; at least one.
+    """
     settled: Plan = ray.get(plan)
-    first = batch["first"][0].as_py()
+    first, instructions = batch["first"][0].as_py(), settled.told[batch["source"][0].as_py()]
     with storage.open(batch["part"][0].as_py()) as reader:
         rows = pq.read_table(reader, schema=reading.ROWS)
     start, end = np.searchsorted(settled.rows_sorted, [first, first + rows.num_rows])
     numbers, positions = settled.rows_sorted[start:end], settled.by_row[start:end]
     steps = np.searchsorted(settled.steps.starts, positions, side="right") - 1
-    columns = {name: rows[name].take(pa.array(numbers - first)).to_pylist() for name in rows.column_names}
+    columns = {name: rows[name].to_pylist() for name in rows.column_names}
     made: list[dict[str, Any]] = []
-    for place, (number, position, step) in enumerate(zip(numbers.tolist(), positions.tolist(), steps.tolist(), strict=True)):
+    bulk = 0
+    for number, position, step in zip(map(int, numbers), map(int, positions), map(int, steps), strict=True):
+        place, epoch = number - first, int(settled.epochs[step])
         group = settled.groups[settled.steps.groups[step]]
-        told = int(settled.steps.instructions[step])
-        instruction = columns["instruction"][place] or (group.instructions[told] if told >= 0 else None)
+        instruction = columns["instruction"][place]
+        if instruction is None and instructions:
+            instruction = instructions[order.draw_instruction(len(instructions), seed=settled.seed, epoch=epoch, row=number)]
+        elif instruction is None and (told := int(settled.steps.instructions[step])) >= 0:
+            instruction = group.instructions[told]
         positives, negatives, scores = columns["positives"][place], columns["negatives"][place], columns["scores"][place]
-        chosen, drawn = order.draw(len(positives), len(negatives), group.negatives, seed=settled.seed, epoch=int(settled.epochs[step]), row=number)
+        chosen, drawn = order.draw(len(positives), len(negatives), group.negatives, seed=settled.seed, epoch=epoch, row=number)
         made.append(
             {
                 "task": group.task,
@@ -84,7 +98,13 @@ def place_rows(batch: pa.Table, plan: Any, storage: Storage) -> pa.Table:
                 "place": position - int(settled.steps.starts[step]),
             }
         )
-    return pa.Table.from_pylist(made, schema=PLACED)
+        last = made[-1]
+        bulk += len(last["anchor"]) + len(last["positive"] or "") + sum(map(len, last["negatives"])) + 4 * len(last["teacher"] or ())
+        if len(made) == PLACED_ROWS or bulk >= reading.PART_CHARACTERS:
+            yield pa.Table.from_pylist(made, schema=PLACED)
+            made, bulk = [], 0
+    if made or not len(numbers):
+        yield pa.Table.from_pylist(made, schema=PLACED)
 
 
 def write_shard(group: pa.Table, storage: Storage) -> pa.Table:

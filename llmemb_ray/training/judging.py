@@ -77,7 +77,7 @@ class HeldOut:
             rows = [*range(len(batch.positives)), *(number for number, row in enumerate(batch.negatives) for _ in row)]
             anchors = _under(encode, batch.anchors, "query", batch.instructions, batch.symmetric)
             candidates = _under(encode, others, "document", [batch.instructions[row] for row in rows], batch.symmetric)
-            texts = np.array(others)
+            texts = np.array(others, dtype=object)
             for number, scores in enumerate(anchors @ candidates.T):
                 # A candidate with the positive's own text is no rival of it.
                 rival = scores[texts != batch.positives[number]]

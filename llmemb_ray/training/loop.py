@@ -16,8 +16,8 @@ import numpy as np
 
 from llmemb_ray.config import FinetuneSettings
 from llmemb_ray.embedders.embedder import Embedder, EmbedderSpec
-from llmemb_ray.errors import RunFailed
-from llmemb_ray.representation import TokenRows
+from llmemb_ray.errors import CheckFailed, ConfigError, InputError, RunFailed
+from llmemb_ray.representation import Role, TokenRows
 from llmemb_ray.training import caching, distillation
 from llmemb_ray.training.batches import Batch, Batches
 from llmemb_ray.training.checkpoints import Checkpoint, Checkpoints
@@ -111,7 +111,7 @@ class Loop:
         self._loss = InfoNCE(
             temperature=settings.temperature,
             both_directions=settings.both_directions,
-            dimensions=tuple(settings.matryoshka),
+            dimensions=self._widths(),
             guide_margin=settings.guide_margin if settings.guide else None,
         )
         self._guide = Embedder.load(settings.guide, device=str(device), compute_dtype=settings.compute_dtype) if settings.guide else None
@@ -123,6 +123,13 @@ class Loop:
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
         self.standing = Standing()
         self._sums = _Sums()
+
+    def _widths(self) -> tuple[int, ...]:
+        """Of the vectors that the loss is taken of: with Matryoshka all of them, and the whole. Raises ConfigError."""
+        wide, asked = self.model.size, self.settings.matryoshka
+        if asked and max(asked) > wide:
+            raise ConfigError(f"matryoshka: {max(asked)} are more than the {wide} dimensions of this model's vectors")
+        return tuple(sorted({*asked, wide})) if asked else ()
 
     # -- the course of it --------------------------------------------------------------------------
 
@@ -150,12 +157,13 @@ class Loop:
     def _after_step(self, task: str) -> None:
         done, settings = self.standing.step, self.settings
         last = done == self.steps
-        if done % settings.log_steps == 0 or last:
-            self._log(task)
         judged = self.judge is not None and (done % settings.eval_steps == 0 or last)
+        saved = judged or done % settings.checkpoint_steps == 0 or last
+        if saved or done % settings.log_steps == 0:
+            self._log(task)  # Before a checkpoint, so that none is left with sums of some steps.
         if judged:
             self._evaluate()
-        if judged or done % settings.checkpoint_steps == 0 or last:
+        if saved:
             self._save()
 
     def _patience_is_over(self) -> bool:
@@ -258,13 +266,13 @@ class Loop:
 
         assert self._guide is not None
 
-        def vectors(texts: list[str]) -> torch.Tensor:
-            return torch.from_numpy(self._guide.encode(texts)).to(self.device)  # type: ignore[union-attr]
+        def vectors(texts: list[str], role: Role = "document") -> torch.Tensor:
+            return torch.from_numpy(self._guide.encode(texts, role)).to(self.device)  # type: ignore[union-attr]
 
         others = [text for row in batch.negatives for text in row]
         negatives = vectors(others) if others else torch.zeros(0, self._guide.dimension, device=self.device)
         shaped = negatives.unflatten(0, (len(batch.anchors), -1)) if others else negatives.reshape(len(batch.anchors), 0, self._guide.dimension)  # type: ignore[no-untyped-call]
-        return Rows(anchors=vectors(batch.anchors), positives=vectors(batch.positives), negatives=shaped)
+        return Rows(anchors=vectors(batch.anchors, "query"), positives=vectors(batch.positives), negatives=shaped)
 
     def _require_finite(self, vectors: torch.Tensor, batch: Batch, prompts: Prompts) -> None:
         bad = np.flatnonzero(~vectors.detach().isfinite().all(dim=1).cpu().numpy())
@@ -285,7 +293,7 @@ class Loop:
         self.model.eval()
         score = self.judge.score(self._embed)
         standing.seconds += time.perf_counter() - started
-        if standing.step and (standing.best_score is None or score > standing.best_score):
+        if standing.step and np.isfinite(score) and (standing.best_score is None or score > standing.best_score):
             standing.best_score, standing.best_step, standing.worse = score, standing.step, 0
         elif standing.step:
             standing.worse += 1
@@ -296,7 +304,10 @@ class Loop:
         import torch
 
         prompter = self.prompting.prompter(asked.role, asked.instruction, symmetric=asked.symmetric)
-        rows = prompter.tokenize(list(asked.texts))[0] if self.settings.text_tokens is None else self.prompting.tokens(prompter, asked.texts)
+        rows, unfit = prompter.tokenize(list(asked.texts))
+        for text, problem in zip(asked.texts, unfit, strict=True):
+            if problem is not None:
+                raise InputError(f"evaluate: {text[:60]!r} cannot be embedded: {problem}; leave it out of the rows that are judged by")
         order = np.argsort(rows.lengths, kind="stable")
         share = -(-len(order) // self.place.workers)
         padded = np.concatenate([order, np.repeat(order[-1:], share * self.place.workers - len(order))])
@@ -359,8 +370,8 @@ class Loop:
         """A checkpoint by the first worker; all take part in gathering it."""
         state, optimizer = self.model.state(), self.model.optimizer_state(self.optimizer)
         if self.place.rank == 0:
-            standing = vars(self.standing) | {"rows": list(self.standing.rows)}
-            self.checkpoints.write(Checkpoint(step=self.standing.step, state=state, optimizer=optimizer, info=standing))
+            info = vars(self.standing) | {"rows": list(self.standing.rows)}
+            self.checkpoints.write(Checkpoint(step=self.standing.step, state=state, optimizer=optimizer, info=info))
             self.checkpoints.keep([self.standing.best_step] if self.standing.best_step else [])
             self._keep(self.standing.rows)
         barrier()
@@ -379,7 +390,10 @@ class Loop:
         """The weights that the judge liked best, in place of the last ones."""
         best = self.standing.best_step
         if best and best != self.standing.step:
-            self.model.load_state(self.checkpoints.read(best).state)
+            try:
+                self.model.load_state(self.checkpoints.read(best).state)
+            except CheckFailed as error:
+                raise RunFailed(f"the best checkpoint is damaged: {error}; bring it back, or take the last one with evaluate none in another out") from error
 
 
 @dataclass(frozen=True)

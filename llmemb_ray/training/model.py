@@ -21,6 +21,7 @@ from llmemb_ray.embedders import capabilities, models
 from llmemb_ray.embedders.transformers_backend import padded, pool_padded
 from llmemb_ray.errors import ConfigError, ModelError
 from llmemb_ray.representation import TokenRows
+from llmemb_ray.representation.space import Context
 from llmemb_ray.storage import redact
 from llmemb_ray.training import sharding
 
@@ -219,6 +220,7 @@ class TrainedModel:
             return
         directory.mkdir(parents=True, exist_ok=True)
         if self._settings.method == "full":
+            models.configure(self.module.config, context=Context(), positions=self._spec.representation.max_tokens or 0)
             with models.quiet_transformers():
                 self.module.save_pretrained(directory, state_dict=state)
             source = models.fetch(self._spec.model, self._spec.access, weights=False)

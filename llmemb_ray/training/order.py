@@ -16,7 +16,7 @@ from llmemb_ray.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
 
-HOLD, SAMPLE, PERMUTE, SHUFFLE, INSTRUCT, DRAW = range(6)
+HOLD, SAMPLE, PERMUTE, SHUFFLE, INSTRUCT, DRAW, INSTRUCT_ROW = range(7)
 """What a generator is for."""
 
 
@@ -79,6 +79,16 @@ def hold_out(counts: Sequence[int], wanted: int, seed: int) -> list[Ints]:
         np.sort(generator(seed, HOLD, source).choice(count, share, replace=False)).astype(np.int64) if share else np.empty(0, np.int64)
         for source, (count, share) in enumerate(zip(counts, shares, strict=True))
     ]
+
+
+def apart(rows: Ints, held: Ints, anchors: Ints) -> tuple[Ints, int]:
+    """Those of ``rows`` that are not held out nor have the anchor of a row that is, and how many have it and are not held out.
+
+    held: rows held out, of all sources; anchors: int64, the key of each row's anchor
+    """
+    others = rows[~np.isin(rows, held)]
+    same = np.isin(anchors[others], anchors[held])
+    return others[~same], int(same.sum())
 
 
 def held_steps(rows: Ints, group_of: npt.NDArray[np.int32], groups: Sequence[Group], batch_size: int) -> Steps:
@@ -156,3 +166,8 @@ def draw(positives: int, negatives: int, used: int, *, seed: int, epoch: int, ro
     random = generator(seed, DRAW, epoch, row)
     positive = int(random.integers(positives)) if positives > 1 else 0
     return positive, sorted(random.choice(negatives, used, replace=False).tolist()) if used < negatives else list(range(negatives))
+
+
+def draw_instruction(count: int, *, seed: int, epoch: int, row: int) -> int:
+    """Which of its source's ``count`` instructions a row takes in an epoch; of what is held out, epoch 0, the first."""
+    return int(generator(seed, INSTRUCT_ROW, epoch, row).integers(count)) if count > 1 and epoch else 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmemb_ray.embedders import models
 from llmemb_ray.representation.representation import FILE_NAME
+from llmemb_ray.representation.space import Context
 from llmemb_ray.storage import Storage, redact
 from llmemb_ray.training import card
 
@@ -35,7 +36,7 @@ def write(place: Storage, spec: EmbedderSpec, settings: FinetuneSettings, made: 
     place.put(FILE_NAME, (json.dumps(spec.representation.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
     adapter = settings.method == "lora"
     weights = models.resolve(place._url, None, settings.access, "adapter" if adapter else "model")
-    trained = replace(spec, adapter=weights) if adapter else replace(spec, model=weights)
+    trained = replace(spec, adapter=weights) if adapter else replace(spec, model=weights, context=Context())  # A model's config.json holds it.
     record = {
         "format": FORMAT,
         "method": settings.method,
@@ -45,7 +46,8 @@ def write(place: Storage, spec: EmbedderSpec, settings: FinetuneSettings, made: 
             "commit": spec.model.commit,
             "weights": models.weights_digest(spec.model, settings.access),
         },
-        "context": spec.context.to_dict(),
+        # The model's own base of rotary positions changes nothing, but allows more of them.
+        "context": spec.context.to_dict() | ({} if settings.rope_theta is None else {"rope_theta": settings.rope_theta}),
         "space": trained.space.digest,
         "steps": {"done": made.steps, "planned": made.planned, "written": made.after_step},
         "scores": {"name": made.score, "before": made.before, "after": made.after},

@@ -1,7 +1,8 @@
 """From the files of a training's sources to its batches, on Ray Data: rows are checked and written once, then brought together step by step.
 
-Invariant: what stands in the batches follows from the files, the settings and the seed, not from how many tasks made them. The driver holds
-numbers of rows, never texts; data.json is written last, so that data without it are begun anew.
+Invariant: what stands in the batches follows from the files, the settings and the seed, not from how many tasks made them; no row that is trained
+on has the anchor of one held out, without regard to case and white space. The driver holds numbers of rows, and keys of anchors where rows are held
+out (8 bytes a row), never texts; data.json is written last, so that data without it are begun anew.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from llmemb_ray.training.order import Group, Ints, Steps
 from llmemb_ray.training.reading import FileTask
 from llmemb_ray.training.sources import Origin
 
-FORMAT = 1
+FORMAT = 2
 
 SHARD_BYTES = 32 * 2**20
 """Texts in a shard of batches, about: what one task gathers."""
@@ -47,11 +48,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """The checked rows of all sources, numbered through. bounds: the first row of each source, and the end; parts: (path, first row) of their files."""
+    """The checked rows of all sources, numbered through. bounds: the first row of each source, and the end; parts: (path, first row) of their files;
+    anchors: int64, the key of each row's anchor (mining.equality), or none where no rows are held out.
+    """
 
     origins: list[Origin]
     groups: list[Group]
     group_of: npt.NDArray[np.int32]
+    anchors: Ints
     bounds: list[int]
     parts: list[tuple[str, int]]
     accounts: list[dict[str, Any]]
@@ -125,6 +129,7 @@ def _read(settings: FinetuneSettings, origins: list[Origin], storage: Storage) -
             distill=settings.distill,
             hard_negatives=settings.hard_negatives,
             mix_tasks=settings.mix_tasks,
+            keep_anchors=settings.holdout > 0,
         )
         for number, (source, url) in enumerate((source, url) for source, origin in enumerate(origins) for url in origin.files)
     ]
@@ -134,8 +139,9 @@ def _read(settings: FinetuneSettings, origins: list[Origin], storage: Storage) -
             gathering.read_file, batch_size=1, batch_format="pyarrow", fn_kwargs={"tasks": reference, "storage": storage}
         )
     )
-    told = [json.loads(row["told"]) for row in sorted(found, key=lambda row: row["number"])]
-    local = [np.frombuffer(row["groups"], np.int32) for row in sorted(found, key=lambda row: row["number"])]
+    found.sort(key=lambda row: row["number"])
+    told = [json.loads(row["told"]) for row in found]
+    local = [np.frombuffer(row["groups"], np.int32) for row in found]
     for one in told:
         if one["error"]:
             raise getattr(errors, one["error"][0])(one["error"][1])
@@ -170,6 +176,7 @@ def _read(settings: FinetuneSettings, origins: list[Origin], storage: Storage) -
         origins=origins,
         groups=groups,
         group_of=np.concatenate(group_of),
+        anchors=np.concatenate([np.frombuffer(row["anchors"], np.int64) for row in found]),
         bounds=[starts[file] for file in first_files],
         parts=parts,
         accounts=accounts,
@@ -188,8 +195,14 @@ def _group(values: Sequence[Any]) -> Group:
 def _batches(settings: FinetuneSettings, rows: _Rows, storage: Storage) -> dict[str, Any]:
     counts = [end - start for start, end in zip(rows.bounds, rows.bounds[1:], strict=False)]
     held = [start + numbers for start, numbers in zip(rows.bounds, order.hold_out(counts, settings.holdout, settings.seed), strict=False)]
-    held_out = order.held_steps(np.concatenate(held), rows.group_of, rows.groups, settings.batch_size)
-    free = [np.setdiff1d(rows.of(source), numbers, assume_unique=True) for source, numbers in enumerate(held)]
+    held_rows = np.concatenate(held)
+    held_out = order.held_steps(held_rows, rows.group_of, rows.groups, settings.batch_size)
+    free, same = [rows.of(source) for source in range(len(counts))], [0] * len(counts)
+    if settings.holdout:
+        kept = [order.apart(numbers, held_rows, rows.anchors) for numbers in free]
+        free, same = [numbers for numbers, _ in kept], [count for _, count in kept]
+        if not sum(map(len, free)):
+            raise ConfigError(f"holdout: all {sum(same):,} rows that are left have the same anchor as a held-out row; hold out fewer")
     steps_per_shard = max(1, int(SHARD_BYTES // max(1, settings.batch_size * rows.row_bytes)))
     waiting = [_Placed(held_out, 0, np.full(len(held_out), -1, np.int64))]
     shards: list[int] = []
@@ -215,7 +228,8 @@ def _batches(settings: FinetuneSettings, rows: _Rows, storage: Storage) -> dict[
             _gather(settings, rows, storage, waiting)
             waiting = []
     named = [
-        {**account, "held_out": len(numbers), "trained": int(shares[source])} for source, (account, numbers) in enumerate(zip(rows.accounts, held, strict=True))
+        {**account, "held_out": len(numbers), "same_anchor": same[source], "trained": int(shares[source])}
+        for source, (account, numbers) in enumerate(zip(rows.accounts, held, strict=True))
     ]
     return {
         "steps": sum(per_epoch),
@@ -243,11 +257,12 @@ def _gather(settings: FinetuneSettings, rows: _Rows, storage: Storage, placed: S
         epochs=np.repeat([one.epoch for one in placed], [len(one.steps) for one in placed]),
         shards=shards,
         groups=rows.groups,
+        told=[origin.instructions if settings.mix_tasks else () for origin in rows.origins],
         seed=settings.seed,
     )
-    spread = _dataset([pa.table({"part": [part], "first": [first]}) for part, first in rows.parts]).map_batches(
-        gathering.place_rows, batch_size=1, batch_format="pyarrow", fn_kwargs={"plan": ray.put(plan), "storage": storage}
-    )
+    of_source = [int(np.searchsorted(rows.bounds, first, side="right")) - 1 for _, first in rows.parts]
+    parts = [pa.table({"part": [part], "first": [first], "source": [source]}) for (part, first), source in zip(rows.parts, of_source, strict=True)]
+    spread = _dataset(parts).map_batches(gathering.place_rows, batch_size=1, batch_format="pyarrow", fn_kwargs={"plan": ray.put(plan), "storage": storage})
     brought = spread.groupby("shard").map_groups(gathering.write_shard, batch_format="pyarrow", fn_kwargs={"storage": storage})
     written = sum(row["rows"] for row in _run(brought))
     if written != len(steps.rows):
@@ -282,6 +297,7 @@ def _lines(record: dict[str, Any], storage: Storage) -> list[str]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["rejects"].items()))
         rejected = f", {source['rejected']:,} rejected ({reasons}; rows in {storage.display(f'{DIRECTORY}/rejects')})" if source["rejected"] else ""
         held = f", {source['held_out']:,} held out" if source["held_out"] else ""
+        held += f", {source['same_anchor']:,} left out (same anchor as a held-out row)" if source["same_anchor"] else ""
         lines.append(f"data: {source['name']}: {source['read']:,} rows{rejected}{held}; {source['trained'] / max(1, total):.1%} of the batches")
     left = sum(group["left_out"] for group in record["groups"])
     whole = [group for group in record["groups"] if not group["batches"]]

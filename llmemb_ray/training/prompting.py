@@ -53,13 +53,15 @@ class Prompting:
         self._prompters: dict[tuple[str | None, bool, Role], Prompter] = {}
 
     def prompter(self, role: Role, instruction: str | None = None, *, symmetric: bool = False) -> Prompter:
-        key = instruction if self._takes_instructions else None, symmetric, role
-        if key not in self._prompters:
+        takes = self._takes_instructions
+        key = instruction if takes else None, symmetric and takes, role
+        made = self._prompters.get(key)
+        if made is None:
             if len(self._prompters) >= KEPT:
-                self._prompters.clear()
-            representation = under(self._spec.representation, key[0], symmetric=symmetric)
-            self._prompters[key] = replace(self._spec, representation=representation).prompter(role)
-        return self._prompters[key]
+                self._prompters = {}
+            representation = under(self._spec.representation, key[0], symmetric=key[1])
+            made = self._prompters[key] = replace(self._spec, representation=representation).prompter(role)
+        return made
 
     def of(self, batch: Batch) -> Prompts:
         """Raises InputError naming the row of a text that has no tokens."""

@@ -5,6 +5,7 @@ Invariant: parts and their rows depend on the file alone, so that a task done tw
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from llmemb_ray.corpus import rows as corpus_rows
+from llmemb_ray.mining.equality import key as text_key
 from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Access, Storage, redact
 from llmemb_ray.training import sources
@@ -54,18 +56,21 @@ class FileTask:
     distill: Distill
     hard_negatives: int
     mix_tasks: bool
+    keep_anchors: bool
+    """Tell the keys of the anchors, which hold-out goes by."""
 
 
 @dataclass(kw_only=True)
 class FileRows:
     """What a file gave. groups: (task, instructions, symmetric, negatives, positive, teacher, scores) by number; group_of: int32, of each row;
-    parts: (path, rows) of what was written; examples: of rejects by reason.
+    anchors: int64, the key of each row's anchor (mining.equality), or none; parts: (path, rows) of what was written; examples: of rejects by reason.
     """
 
     read: int = 0
     parts: list[tuple[str, int]] = field(default_factory=list)
     groups: list[tuple[Any, ...]] = field(default_factory=list)
     group_of: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    anchors: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     characters: float = 0.0
@@ -77,17 +82,22 @@ def read_file(task: FileTask, storage: Storage) -> FileRows:
     made, shown = FileRows(), redact(task.url)
     numbers: dict[tuple[Any, ...], int] = {}
     group_of: list[npt.NDArray[np.int32]] = []
+    anchors: list[npt.NDArray[np.int64]] = []
     held: list[dict[str, Any]] = []
     own: list[int] = []
     bad: list[dict[str, Any]] = []
     bulk = 0
     columns: Columns
-    blanks = corpus_rows.kind_of(task.url) in ("CSV", "TSV")
+    kind = corpus_rows.kind_of(task.url)
 
     def choose(names: Any) -> list[str]:
         nonlocal columns
         columns = sources.columns(task.origin, names, task.url, task.distill)
         return columns.names
+
+    @functools.lru_cache(1024)
+    def of_row(names: tuple[str, ...]) -> Columns:
+        return sources.columns_of_row(task.origin, columns, names, task.distill)
 
     def flush() -> None:
         nonlocal held, own, bulk
@@ -96,6 +106,8 @@ def read_file(task: FileTask, storage: Storage) -> FileRows:
             storage.put(path, parquet_bytes(pa.Table.from_pylist(held, schema=ROWS)))
             made.parts.append((path, len(held)))
             group_of.append(np.array(own, np.int32))
+            if task.keep_anchors:
+                anchors.append(np.fromiter((text_key(row["anchor"]) for row in held), np.int64, len(held)))
         held, own, bulk = [], [], 0
 
     def flush_rejects() -> None:
@@ -107,7 +119,8 @@ def read_file(task: FileTask, storage: Storage) -> FileRows:
 
     for number, values in enumerate(corpus_rows.read(task.url, task.access, choose, setting=f"{task.origin.place}.path")):
         made.read += 1
-        row = sources.check(values, columns, teacher_length=made.teacher_length, blanks=blanks)
+        taken = of_row(tuple(values)) if kind == "JSON lines" else columns
+        row = sources.check(values, taken, teacher_length=made.teacher_length, blanks=kind in ("CSV", "TSV"))
         if isinstance(row, Bad):
             bad.append({"source": task.origin.name, "file": shown, "row": number} | vars(row))
             made.reasons[row.reason] += 1
@@ -127,13 +140,19 @@ def read_file(task: FileTask, storage: Storage) -> FileRows:
     flush()
     flush_rejects()
     made.groups = list(numbers)
-    made.group_of = np.concatenate(group_of) if group_of else made.group_of
+    made.group_of = np.concatenate([made.group_of, *group_of])
+    made.anchors = np.concatenate([made.anchors, *anchors])
     return made
 
 
 def group_key(row: Row, task: FileTask) -> tuple[Any, ...]:
-    """The values of a Group: rows that have them in common may share a batch. With mix_tasks the task is the same for all."""
+    """The values of a Group: rows that have them in common may share a batch.
+
+    With mix_tasks the task is the same for all, and instructions are none of them: each row draws its own. Whether the instruction goes to both
+    sides (symmetric), the number of negatives and what a row has beside its anchor still part rows, since a batch has one of each.
+    """
     used = min(len(row.negatives), task.hard_negatives) if row.positives else 0
-    instructions = task.origin.instructions if row.instruction is None else ()  # A row's own goes with the row.
+    drawn_together = row.instruction is None and not task.mix_tasks  # A row's own goes with the row.
+    instructions = task.origin.instructions if drawn_together else ()
     name = "mixed" if task.mix_tasks else task.origin.name
     return name, instructions, task.origin.symmetric, used, bool(row.positives), row.teacher is not None, row.scores is not None

@@ -26,7 +26,10 @@ NEGATIVES = (r"negative(_\d+)?", r"negatives", r"hard_neg(_\d+)?", r"neg", r"neg
 TEACHER = "teacher"
 SCORES = (("scores",), ("positive_score", "negative_scores"), ("pos_scores", "neg_scores"))
 """Columns that together hold the scores of the positives and the negatives; the second are those that `llmemb mine` writes."""
-INSTRUCTIONS = ("instruction", "task")
+STRICT = "instruction"
+INSTRUCTIONS = (STRICT, "task")
+"""Columns of a row's own instruction, the first that is there. In ``instruction`` a value that is not text makes the row a reject; ``task`` is
+also a common name of numbers and labels, so that there it is passed over."""
 
 Distill = Literal["none", "vectors", "scores"]
 
@@ -145,7 +148,7 @@ def columns(origin: Origin, names: Sequence[str], url: str, distill: Distill) ->
     def find(setting: str, named: str | None, usual: Sequence[str], must: bool) -> str | None:
         if named is not None and named not in names:
             raise ConfigError(f"{origin.place}.{setting}: {shown} has no column {named!r}; its columns are {', '.join(names)}")
-        found = named or next((name for name in usual if name in names), None)
+        found = named or _first(usual, names)
         if found is None and must:
             raise ConfigError(f"{origin.place}.{setting}: {shown} has no column {' or '.join(usual)}; name one of its columns, {', '.join(names)}")
         return found
@@ -156,30 +159,51 @@ def columns(origin: Origin, names: Sequence[str], url: str, distill: Distill) ->
     positive = find("positive_column", origin.positive, origin.usual_positives, teacher is None)
     for name in origin.negatives:
         find("negative_column", name, (), True)
-    taken: list[str] = list(origin.negatives)
-    for pattern in () if taken or positive is None else origin.usual_negatives:
-        taken = sorted((name for name in names if re.fullmatch(pattern, name)), key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
-        if taken:
-            break
-    scores: tuple[str, ...] = ()
-    if distill == "scores" and positive is not None:
-        find("scores_column", origin.scores, (), False)
-        usual = next((together for together in SCORES if all(name in names for name in together)), ())
-        scores = (origin.scores,) if origin.scores else usual
+    negatives, scores = _negatives(origin, positive, names), _scores(positive, names, distill)
+    if distill == "scores" and positive is not None and (named := find("scores_column", origin.scores, (), False)):
+        scores = (named,)
+    return Columns(anchor=anchor, positive=positive, negatives=negatives, teacher=teacher, scores=scores, instruction=_first(INSTRUCTIONS, names))
+
+
+def columns_of_row(origin: Origin, file: Columns, names: Sequence[str], distill: Distill) -> Columns:
+    """What is taken of a row of JSON lines, which has columns ``names`` of its own. file: of the file's first rows.
+
+    Anchor, positive and teacher are those of ``file`` where it has them, so that a row without is a reject and no other column stands in for them.
+    Negatives, scores and instruction are the row's own; without scores where ``file`` has them it is a reject too.
+    """
+    teacher = file.teacher or (_first((TEACHER,), names) if distill == "vectors" else None)
+    positive = file.positive or _first(origin.usual_positives, names)
     return Columns(
-        anchor=anchor,
+        anchor=file.anchor,
         positive=positive,
-        negatives=tuple(taken),
+        negatives=_negatives(origin, positive, names),
         teacher=teacher,
-        scores=scores,
-        instruction=next((name for name in INSTRUCTIONS if name in names), None),
+        scores=(() if origin.scores else _scores(positive, names, distill)) or file.scores,
+        instruction=_first(INSTRUCTIONS, names),
     )
+
+
+def _first(usual: Sequence[str], names: Sequence[str]) -> str | None:
+    return next((name for name in usual if name in names), None)
+
+
+def _negatives(origin: Origin, positive: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    for pattern in () if origin.negatives or positive is None else origin.usual_negatives:
+        if taken := sorted((name for name in names if re.fullmatch(pattern, name)), key=lambda name: [int(part) for part in re.findall(r"\d+", name)]):
+            return tuple(taken)
+    return origin.negatives
+
+
+def _scores(positive: str | None, names: Sequence[str], distill: Distill) -> tuple[str, ...]:
+    if distill != "scores" or positive is None:
+        return ()
+    return next((together for together in SCORES if all(name in names for name in together)), ())
 
 
 def check(values: Mapping[str, Any], columns: Columns, *, teacher_length: int | None = None, blanks: bool = False) -> Row | Bad:
     """A training row of a file's row. teacher_length: of the teacher's vectors, None for any; blanks: an empty cell is a negative that is absent (CSV)."""
     anchor = values.get(columns.anchor)
-    if problem := _problem(anchor):
+    if problem := corpus_rows.text_problem(anchor):
         return _bad(columns.anchor, problem, anchor)
     positives: list[Any] = []
     if columns.positive is not None:
@@ -190,7 +214,7 @@ def check(values: Mapping[str, Any], columns: Columns, *, teacher_length: int | 
         elif not positives:
             return Bad(column=columns.positive, reason="no positive", detail=f"column {columns.positive!r}: the list is empty")
         for item in positives:
-            if problem := _problem(item):
+            if problem := corpus_rows.text_problem(item):
                 return _bad(columns.positive, problem, item)
     negatives: list[Any] = []
     for name in columns.negatives:
@@ -199,7 +223,7 @@ def check(values: Mapping[str, Any], columns: Columns, *, teacher_length: int | 
             item = _passage(raw)
             if item is None or (blanks and item == ""):
                 continue
-            if problem := _problem(item):
+            if problem := corpus_rows.text_problem(item):
                 return _bad(name, problem, item)
             if item.strip() == str(anchor).strip():
                 return Bad(column=name, reason="negative equals anchor", detail=f"column {name!r}: {_shown(item)} is the anchor too")
@@ -232,8 +256,11 @@ def check(values: Mapping[str, Any], columns: Columns, *, teacher_length: int | 
             column=columns.negatives[0], reason="negative equals positive", detail=f"{_shown(negatives[0])} is positive and negative, and there is no other"
         )
     own = values.get(columns.instruction) if columns.instruction else None
-    if own is not None and not isinstance(own, str):
-        return _bad(columns.instruction or "", "not text", own)
+    problem = corpus_rows.text_problem(own)
+    if problem == "not text" and columns.instruction != STRICT:
+        own = None
+    elif problem in ("not text", "not valid Unicode"):
+        return _bad(columns.instruction or "", problem, own)
     return Row(
         anchor=str(anchor),
         positives=positives,
@@ -263,14 +290,6 @@ def _passage(item: Any) -> Any:
     if isinstance(item, dict) and isinstance(item.get("text"), str):
         return f"{item.get('title') or ''} {item['text']}".strip()
     return item
-
-
-def _problem(value: Any) -> str | None:
-    if value is None:
-        return "null"
-    if not isinstance(value, str):
-        return "not text"
-    return None if value.strip() else "empty"
 
 
 def _bad(column: str, reason: str, value: Any) -> Bad:

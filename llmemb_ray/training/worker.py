@@ -7,7 +7,9 @@ checkpoint.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,14 @@ class Board:
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._error: LlmembError | None = None
+        self._up = False
+
+    def up(self) -> None:
+        """A worker has begun."""
+        self._up = True
+
+    def began(self) -> bool:
+        return self._up
 
     def tell(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
@@ -71,13 +81,14 @@ def work(config: dict[str, Any]) -> dict[str, Any] | None:
     job: Job = config["job"]
     if ray.get(job.board.error.remote()) is not None:
         return None
+    job.board.up.remote()
     context, device = get_context(), get_device()
     assert isinstance(device, torch.device)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     try:
         place = Place(context.get_world_rank(), context.get_world_size())
-        return train(job, place, device, tell=job.board.tell.remote)
+        return train(job, place, device, tell=job.board.tell.remote, check=partial(_go_on, job.board))
     except torch.OutOfMemoryError as error:
         told = RunFailed(f"out of memory: {str(error).splitlines()[0]}; lower micro_batch, or set gradient_checkpointing or shard_parameters")
         ray.get(job.board.fail.remote(told))
@@ -87,9 +98,21 @@ def work(config: dict[str, Any]) -> dict[str, Any] | None:
         raise
 
 
-def train(job: Job, place: Place, device: Any, *, tell: Any = lambda row: None) -> dict[str, Any]:
+def _go_on(board: Any) -> None:
+    """Raises what ends the training from without: another driver took OUT over."""
+    error = ray.get(board.error.remote())
+    if error is not None:
+        raise error
+
+
+def train(job: Job, place: Place, device: Any, *, tell: Any = lambda row: None, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Runs the loop and writes OUT/adapter or OUT/model, without its card; without Ray where there is one worker."""
     settings, output = job.settings, job.output
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        check()
+        metrics.write(rows, output)
+
     loop = Loop(
         settings,
         job.spec.on(device.type == "cuda"),
@@ -99,7 +122,7 @@ def train(job: Job, place: Place, device: Any, *, tell: Any = lambda row: None) 
         place=place,
         judge=job.judge,
         tell=tell,
-        keep=lambda rows: metrics.write(rows, output),
+        keep=keep,
     )
     standing = loop.run()
     loop.load_best()

@@ -67,6 +67,21 @@ def test_beirs_judgements_say_what_is_positive(tmp_path: Path) -> None:
     assert made.by_id
 
 
+def test_lone_surrogates_are_rejects(tmp_path: Path) -> None:
+    rows = [{"query": "\ud800", "positive": "p"}, {"query": "q", "positive": ["p", "\udfff"]}, {"query": "q", "positive": "p", "id": "\ud800"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"query": "q", "positive": "p", "id": 3}]))
+    _, kept, rejects = written(tmp_path, tmp_path / "q.jsonl")
+    assert [(row["query_row"], row["query_id"]) for row in kept] == [(3, "3")]
+    assert [(row["query_row"], row["reason"], row["detail"].split(":")[0]) for row in rejects] == [
+        (0, "not valid Unicode", "column 'query'"),
+        (1, "not valid Unicode", "column 'positive'"),
+        (2, "not valid Unicode", "column 'id'"),
+    ]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"query": "q", "positive_id": ["\ud800"]}) + '\n{"query": "q", "positive_id": 7}')
+    _, kept, rejects = written(tmp_path, tmp_path / "q.jsonl")
+    assert [row["positive_ids"] for row in kept] == [["7"]]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "values", "words"),
     [

@@ -37,6 +37,9 @@ REPRESENTATIONS = {
     "two": Representation(document=Form(template="doc {text}"), query=Form(template="{{q}} {text} end"), max_tokens=40, pooling="weighted-mean"),
 }
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [2.0] * 4, "long_factor": [2.0] * 4}
+"""Of heads of 8 dimensions; the factor of attention is taken from the positions."""
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -110,6 +113,26 @@ def test_sentence_transformers_gives_the_same_vectors(base: Path, name: str, tmp
     theirs.save(str(tmp_path / "again"))
     assert farthest(SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu").encode_query(TEXTS), queries[:-1]) < 1e-5
     assert farthest(Embedder.load(made.dest).encode(TEXTS, "query"), queries[:-1]) < 1e-5, "llmemb takes the directory too"
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32})])
+def test_positions_beyond_the_base_s_are_those_of_the_export(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", kind, max_position_embeddings=64, **changes)
+    make_adapter(base, tmp_path / "out")
+    values: dict[str, Any] = {"rope_theta": 50000.0, "max_tokens": 200}
+    ours = Embedder.load(str(base), adapter=str(tmp_path / "out"), **values)
+    ours.spec.representation.save(tmp_path / "out")
+    (tmp_path / "out" / "training.json").write_text(json.dumps({"context": {"rope_theta": 50000.0}}))
+    expected = ours.encode(TEXTS)
+    assert farthest(expected, Embedder.load(str(base), adapter=str(tmp_path / "out"), rope_theta=50000.0, max_tokens=64).encode(TEXTS)) > 0.01, "longer ones"
+    for to in ("merged", "sentence-transformers"):
+        made = exported(tmp_path / "out", tmp_path / to, to=to)
+        again = Embedder.load(made.dest)
+        assert again.spec.representation.max_tokens == 200
+        assert again.spec.space.digest == made.space
+        assert farthest(again.encode(TEXTS), expected) < 1e-5
+    theirs = SentenceTransformer(made.dest, trust_remote_code=True, device="cpu")
+    assert farthest(theirs.encode(TEXTS), expected) < 1e-5
 
 
 def test_prompts_of_sentence_transformers_replace_the_instruction(base: Path, tmp_path: Path) -> None:

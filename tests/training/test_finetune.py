@@ -14,7 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from llmemb_ray.config import FinetuneSettings
-from llmemb_ray.errors import ConfigError
+from llmemb_ray.errors import ConfigError, InputError, OutputError
+from llmemb_ray.representation import Representation
+from llmemb_ray.training.finetune import finetune
 from tests.small_models import SENTENCES
 
 STEPS = 120
@@ -107,3 +109,29 @@ def test_a_column_that_is_missing_ends_it_with_the_file_and_its_columns(model: P
     assert done.returncode == 2
     assert "bad.csv" in done.stderr
     assert "left, right" in done.stderr
+
+
+def test_a_directory_with_other_files_is_left_alone(model: Path, triples: Path, tmp_path: Path) -> None:
+    """Even with overwrite, which deletes what a training left and nothing else."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("x")
+    settings = {"model": str(model), "train": [str(triples)], "out": str(tmp_path / "out"), "overwrite": True}
+    with pytest.raises(OutputError, match=r"is not empty \(thesis\.txt"):
+        finetune(FinetuneSettings.make(settings))
+    (tmp_path / "out" / "finetune.json").write_text("{}")
+    (tmp_path / "out" / "checkpoints").mkdir()
+    (tmp_path / "out" / "checkpoints" / "old").write_text("x")
+    with pytest.raises(InputError, match=r"none\.csv"):
+        finetune(FinetuneSettings.make(settings | {"train": [str(tmp_path / "none.csv")]}))
+    assert (tmp_path / "out" / "checkpoints" / "old").exists(), "what cannot begin deletes nothing"
+
+
+def test_what_is_given_beside_a_preset_wins(tmp_path: Path) -> None:
+    Representation(pooling="mean").save(tmp_path)
+    values = {"model": "m", "train": ["x"], "out": "o", "preset": "paper2"}
+    assert FinetuneSettings.make(values).model_settings().build_representation().append_eos
+    made = FinetuneSettings.make(values | {"representation": str(tmp_path), "temperature": 0.1})
+    assert made.model_settings().build_representation() == Representation(pooling="mean")
+    assert (made.temperature, made.batch_size) == (0.1, 2048)
+    with pytest.raises(ConfigError, match="lora_rank: nothing with method full"):
+        FinetuneSettings.make(values | {"method": "full", "lora_rank": 4})

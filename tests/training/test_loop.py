@@ -15,7 +15,7 @@ import torch
 
 from llmemb_ray.config import FinetuneSettings
 from llmemb_ray.embedders.embedder import Embedder, settle
-from llmemb_ray.errors import InputError, RunFailed
+from llmemb_ray.errors import ConfigError, InputError, RunFailed
 from llmemb_ray.storage import Storage
 from llmemb_ray.training import batches as prepared
 from llmemb_ray.training.batches import Batches
@@ -63,7 +63,8 @@ def write_batches(out: Path, steps: list[list[dict[str, Any]]]) -> Batches:
 
 def settings_of(model: Path, **more: Any) -> FinetuneSettings:
     values = {"model": str(model), "train": ["rows.csv"], "out": "out", "batch_size": ROWS, "learning_rate": 1e-2, "log_steps": 2, "checkpoint_steps": 3}
-    return FinetuneSettings.make(values | {"lora_dropout": 0.1, "lora_rank": 4} | more)
+    lora = {} if more.get("method") == "full" else {"lora_dropout": 0.1, "lora_rank": 4}
+    return FinetuneSettings.make(values | lora | more)
 
 
 def loop_of(model: Path, out: Path, steps: int = STEPS, **more: Any) -> Loop:
@@ -92,7 +93,9 @@ def test_a_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(m
     assert standing.step == STEPS
     ours, theirs = again.model.state(), whole.model.state()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [row["step"] for row in standing.rows] == [2, 4, 6]
+    assert [row["step"] for row in standing.rows] == [2, 3, 4, 6], "before each checkpoint too"
+    assert [row["tokens"] for row in standing.rows] == [row["tokens"] for row in whole.standing.rows]
+    assert [row["loss"] for row in standing.rows] == [row["loss"] for row in whole.standing.rows]
     untrained = loop_of(model, tmp_path / "new").model.state()
     assert not any(torch.equal(theirs[name], value) for name, value in untrained.items() if "lora_B" in name)
 
@@ -214,3 +217,10 @@ def test_learning_rates() -> None:
     assert linear[10] == 0
     assert learning_rate(7, steps=10, warmup=4, highest=2.0, schedule="cosine") == pytest.approx(1.0)
     assert learning_rate(9, steps=10, warmup=4, highest=2.0, schedule="constant") == 2.0
+
+
+def test_matryoshka_trains_the_whole_vector_too(model: Path, tmp_path: Path) -> None:
+    loop = loop_of(model, tmp_path / "out", matryoshka=[4, 8])
+    assert loop._loss.dimensions == (4, 8, loop.model.size)
+    with pytest.raises(ConfigError, match=r"matryoshka: 4096 are more than the \d+ dimensions"):
+        loop_of(model, tmp_path / "wide", matryoshka=[4096])

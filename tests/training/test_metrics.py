@@ -16,6 +16,7 @@ from llmemb_ray.reporting.training.charts import best, charts, smoothed
 from llmemb_ray.reporting.training.page import render
 from llmemb_ray.storage import Storage
 from llmemb_ray.training import metrics
+from llmemb_ray.training.finetune import PAGE
 
 HOSTILE = "<b>t</b></script><script>document.title='taken'</script>"
 
@@ -84,7 +85,7 @@ def test_each_writing_replaces_the_one_before(tmp_path: Path) -> None:
         metrics.write(rows, Storage(str(tmp_path)))
         page.write(rows, Storage(str(tmp_path)), "A training")
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    assert files == [metrics.JSONL, metrics.EVENTS, page.NAME]
+    assert files == [metrics.JSONL, metrics.EVENTS, PAGE]
     assert len((tmp_path / metrics.JSONL).read_text().splitlines()) == 1
     assert {step for _, step, *_ in events((tmp_path / metrics.EVENTS).read_bytes())} == {1}
 

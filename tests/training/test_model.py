@@ -38,7 +38,8 @@ def one_thread() -> Iterator[None]:
 
 def load(model: Path, **values: Any) -> tuple[TrainedModel, TokenRows]:
     """With the tokens of all sentences."""
-    settings = FinetuneSettings.make({"model": str(model), "train": ["rows.jsonl"], "out": "nowhere", "prompt": "prompteol", "lora_dropout": 0.0} | values)
+    still = {} if values.get("method") == "full" else {"lora_dropout": 0.0}
+    settings = FinetuneSettings.make({"model": str(model), "train": ["rows.jsonl"], "out": "nowhere", "prompt": "prompteol"} | still | values)
     spec = settle(settings.model_settings())
     rows, _ = spec.prompter("query").tokenize(SENTENCES)
     return TrainedModel.load(spec, settings, device=CPU), rows

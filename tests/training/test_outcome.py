@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from llmemb_ray.config import FinetuneSettings, ModelSettings
@@ -21,10 +22,14 @@ from llmemb_ray.storage import Storage
 from llmemb_ray.training import outcome
 from llmemb_ray.training.batches import Batches
 from llmemb_ray.training.finetune import Finetuned
+from llmemb_ray.training.model import TrainedModel
 from tests.small_models import make_adapter, make_model
 
 GIVEN: dict[str, Any] = {"prompt": "e5", "instruction": "Find the answer", "pooling": "mean", "dimensions": 16, "max_tokens": 60}
 """Representation of the adapters here."""
+
+MORE = 300
+"""Tokens, where ``model`` has 256 positions."""
 
 
 @pytest.fixture
@@ -34,10 +39,13 @@ def base(model: Path, tmp_path: Path) -> Path:
 
 
 def trained(base: Path, place: Path, **given: Any) -> dict[str, Any]:
-    """As finetune leaves an adapter; returns what training.json holds."""
+    """As finetune leaves an adapter, or with method full a model; returns what training.json holds."""
     settings = FinetuneSettings.make({"model": str(base), "train": ["pairs.jsonl"], "out": "out", "seed": 7} | (given or GIVEN))
     spec = settle(settings.model_settings())
-    make_adapter(base, place)
+    if settings.method == "full":
+        TrainedModel.load(spec, settings, device=torch.device("cpu")).save(place)
+    else:
+        make_adapter(base, place)
     made = Finetuned(
         model="base",
         out="out",
@@ -142,6 +150,17 @@ def test_an_adapter_brings_the_positions_it_was_trained_with(base: Path, tmp_pat
     spec = settled(base, adapter=str(tmp_path / "adapter"))
     assert (spec.context.rope_theta, spec.representation.max_tokens) == (50000.0, 400), "more than the model's 256 positions"
     assert settled(base, adapter=str(tmp_path / "adapter"), rope_theta=70000).context.rope_theta == 70000, "stretched further for longer prompts"
+    record = trained(base, tmp_path / "same", rope_theta=10000.0, max_tokens=400)
+    same = settled(base, adapter=str(tmp_path / "same"))
+    assert (same.context.to_dict(), same.representation.max_tokens, same.space.digest) == ({}, 400, record["space"]), "the model's own base too"
+
+
+def test_a_model_trained_beyond_the_base_s_positions_is_in_the_space_recorded(base: Path, tmp_path: Path) -> None:
+    record = trained(base, tmp_path / "model", **GIVEN | {"method": "full", "rope_theta": 50000.0, "max_tokens": MORE})
+    found = settled(tmp_path / "model")
+    assert found.space.digest == record["space"]
+    assert found.representation.max_tokens == MORE
+    assert record["context"] == {"rope_theta": 50000.0}, "how it was trained"
 
 
 def test_the_record_and_the_card_say_how_it_was_made(base: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ import ray
 from llmemb_ray.config.training import FinetuneSettings
 from llmemb_ray.errors import ConfigError, InputError, OutputError, RunMismatch
 from llmemb_ray.storage import Storage
-from llmemb_ray.training import order, prepare, reading, sources
+from llmemb_ray.training import gathering, order, prepare, reading, sources
 from llmemb_ray.training.batches import Batch, Batches
-from llmemb_ray.training.order import Group
+from llmemb_ray.training.order import Group, Steps
 
 ONE, TWO = Group(task="one", instructions=(), symmetric=False, negatives=1), Group(task="two", instructions=("x", "y"), symmetric=False, negatives=0)
 
@@ -99,7 +99,7 @@ def serial(settings: FinetuneSettings, storage: Storage) -> list[tuple[str, list
     bounds = [0]
     for number, origin in enumerate(origins):
         options: dict[str, Any] = {name: getattr(settings, name) for name in ("access", "distill", "hard_negatives", "mix_tasks")}
-        task = reading.FileTask(number=number, source=number, origin=origin, url=origin.files[0], **options)
+        task = reading.FileTask(number=number, source=number, origin=origin, url=origin.files[0], keep_anchors=False, **options)
         made = reading.read_file(task, storage)
         for path, _ in made.parts:
             with storage.open(path) as file:
@@ -181,3 +181,47 @@ def test_ray_makes_the_batches_that_one_process_would(tmp_path: Path, cluster: N
         Batches.open(Storage(str(tmp_path / "elsewhere")))
     with pytest.raises(InputError, match=r"batch_size: none of the 71 rows make a batch of 64, the most that may share one are 21"):
         prepare.prepare(mixture(tmp_path, batch_size=64, holdout=0), Storage(str(tmp_path / "large")), say=said.append)
+
+
+def test_mixed_tasks_share_batches_and_rows_with_a_held_out_anchor_are_left_out(tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = [{"anchor": f"a{n}", "positive": "p"} for n in range(12)]
+    two = [{"anchor": f"{'bB'[n % 2]} {n // 2}", "positive": "p"} for n in range(20)]  # Each anchor twice but for its case.
+    two[0]["instruction"] = two[1]["instruction"] = "own"
+    for name, rows in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = [{"path": str(tmp_path / "one.jsonl"), "instruction": ["x", "y"]}, {"path": str(tmp_path / "two.jsonl"), "instruction": "z"}]
+    values = {"model": "m", "out": "o", "train": train, "batch_size": 8, "epochs": 4, "holdout": 5, "mix_tasks": True}
+    storage = Storage(str(tmp_path / "out"))
+    said: list[str] = []
+    made = prepare.prepare(FinetuneSettings.make(values), storage, say=said.append)
+    held = [anchor.lower() for piece in made.heldout() for anchor in piece.anchors]
+    partners = [row["anchor"] for row in two if row["anchor"].lower() in held and held.count(row["anchor"].lower()) == 1]
+    assert len(held) == 5
+    assert [source["same_anchor"] for source in made.record["sources"]] == [0, len(partners) // 2]
+    assert any(f"{len(partners) // 2} left out (same anchor as a held-out row)" in line for line in said)
+    steps = [made.read(step, 0, 1) for step in range(made.steps)]
+    assert not {anchor.lower() for step in steps for anchor in step.anchors} & set(held)
+    assert len({tuple(sorted(step.anchors)) for step in steps}) > 1
+    assert any({"x", "y", "z"} <= set(step.instructions) for step in steps), "drawn by the row"
+    told = {pair for step in steps for pair in zip([anchor[0] for anchor in step.anchors], step.instructions, strict=True)}
+    assert told - {("b", "own"), ("B", "own")} == {("a", "x"), ("a", "y"), ("b", "z"), ("B", "z")}
+    assert all((instruction == "own") == (anchor in "b 0 B 0") for step in steps for anchor, instruction in zip(step.anchors, step.instructions, strict=True))
+
+    monkeypatch.setattr(gathering, "PLACED_ROWS", 4)
+    whole, zeros = np.tile(np.arange(2), 5), np.zeros(5, np.int64)
+    plan = gathering.Plan(
+        steps=Steps(rows=whole, starts=np.arange(0, 11, 2), groups=zeros, instructions=zeros - 1),
+        rows_sorted=np.sort(whole),
+        by_row=np.argsort(whole, kind="stable"),
+        epochs=np.arange(1, 6),
+        shards=zeros,
+        groups=[ONE],
+        told=[("x", "y")],
+        seed=1,
+    )
+    part = pa.table({"part": ["data/rows/000000-000000.parquet"], "first": [0], "source": [0]})
+    tables = list(gathering.place_rows(part, ray.put(plan), storage))
+    assert [table.num_rows for table in tables] == [4, 4, 2]
+    placed = pa.concat_tables(tables).sort_by([("step", "ascending"), ("place", "ascending")])
+    assert placed["anchor"].to_pylist() == ["a0", "a1"] * 5
+    assert placed["step"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from llmemb_ray.config.training import FinetuneSettings
 from llmemb_ray.errors import ConfigError, InputError
-from llmemb_ray.training import public_sets, sources
+from llmemb_ray.storage import Storage
+from llmemb_ray.training import public_sets, reading, sources
 from llmemb_ray.training.sources import Bad, Columns, Row
 
 REPRODUCE = Path(__file__).parents[2] / "jobs" / "reproduce"
@@ -61,6 +64,7 @@ def test_columns_that_are_named_win_and_a_missing_one_is_refused_with_file_and_s
         ({"a": " \t", "p": "x"}, {}, "a", "empty"),
         ({"a": 7, "p": "x"}, {}, "a", "not text"),
         ({"a": "x"}, {}, "p", "null"),
+        ({"a": "x", "p": "y\ud800"}, {}, "p", "not valid Unicode"),
         ({"a": "x", "p": []}, {}, "p", "no positive"),
         ({"a": "x", "p": ["y", ""]}, {}, "p", "empty"),
         ({"a": "x", "p": "y", "n": ["z", " "]}, {}, "n", "empty"),
@@ -72,7 +76,8 @@ def test_columns_that_are_named_win_and_a_missing_one_is_refused_with_file_and_s
         ({"a": "x", "p": "y"}, {"teacher": "t"}, "t", "null"),
         ({"a": "x", "p": "y", "n": "z", "s": [1.0]}, {"scores": ("s",)}, "s", "scores of a wrong count"),
         ({"a": "x", "p": "y", "n": "z", "s": ["1", "2"]}, {"scores": ("s",)}, "s", "scores malformed"),
-        ({"a": "x", "p": "y", "i": 3}, {"instruction": "i"}, "i", "not text"),
+        ({"a": "x", "p": "y", "instruction": 3}, {"instruction": "instruction"}, "instruction", "not text"),
+        ({"a": "x", "p": "y", "task": "\udfff"}, {"instruction": "task"}, "task", "not valid Unicode"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_says_why(values: dict[str, Any], changes: dict[str, Any], column: str, reason: str) -> None:
@@ -95,6 +100,48 @@ def test_rows_that_can() -> None:
     dropped = row({"p": "y", "n": ["z", "y", "w"], "s": [0.9, 0.5, 0.8, 0.1]}, scores=("s",))
     assert (dropped.negatives, dropped.scores) == (["z", "w"], [0.9, 0.5, 0.1]), "the score goes with the negative"
     assert row({"p": None, "t": [1, 2]}, teacher="t").positives == []
+    assert [row({"p": "y", "task": task}, instruction="task").instruction for task in (3, ["i"], " ", "i")] == [None, None, None, "i"]
+
+
+def read(path: Path, rows: list[dict[str, Any]], **values: Any) -> tuple[reading.FileRows, list[dict[str, Any]], list[tuple[int, str, str]]]:
+    """What is told of a file of JSON lines, its rows, and (row, column, reason) of its rejects."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"number": 0, "source": 0, "hard_negatives": 1, "mix_tasks": False, "keep_anchors": True, "distill": "none"}
+    asked = settings({"path": str(path)})
+    task = reading.FileTask(origin=sources.settle(asked)[0], url=str(path), access=asked.access, **options | values)
+    made = reading.read_file(task, Storage(str(path.parent / "out")))
+    rejects = [row for file in sorted(path.parent.glob("out/data/rejects/*")) for row in pq.read_table(file).to_pylist()]
+    kept = [row for name, _ in made.parts for row in pq.read_table(path.parent / "out" / name).to_pylist()]
+    return made, kept, [(row["row"], row["column"], row["reason"]) for row in rejects]
+
+
+def test_rows_of_json_lines_may_differ_in_their_columns(tmp_path: Path) -> None:
+    given: list[dict[str, Any]] = [
+        {"anchor": "a", "positive": "p"},
+        {"anchor": "b", "positive": "p", "negative_1": "n"},
+        {"positive": "p", "hard_neg": ["m", "o"], "instruction": "i", "anchor": "c"},
+        {"query": "no anchor", "positive": "p"},
+        {"anchor": "\ud800", "positive": "p"},
+        {"anchor": " A", "positive": "p", "task": 3},
+    ]
+    made, rows, rejects = read(tmp_path / "rows.jsonl", given)
+    assert [(row["anchor"], row["negatives"], row["instruction"]) for row in rows] == [
+        ("a", [], None),
+        ("b", ["n"], None),
+        ("c", ["m", "o"], "i"),
+        (" A", [], None),
+    ]
+    assert rejects == [(3, "anchor", "null"), (4, "anchor", "not valid Unicode")]
+    assert (made.anchors == made.anchors[0]).tolist() == [True, False, False, True]
+
+
+def test_a_column_that_the_first_rows_have_nowhere_is_refused(tmp_path: Path) -> None:
+    lacking: list[dict[str, Any]] = [{"anchor": "a"}] * 99
+    whole: dict[str, Any] = {"anchor": "a", "positive": "p"}
+    made, _, _ = read(tmp_path / "rows.jsonl", [*lacking, whole])
+    assert (made.read, made.reasons) == (100, {"null": 99})
+    with pytest.raises(ConfigError, match=r"train\[0\]\.positive_column: .*rows\.jsonl has no column positive or"):
+        read(tmp_path / "rows.jsonl", [*lacking, *lacking[:1], whole])
 
 
 def test_most_rows_being_rejects_stops_with_an_example() -> None:

@@ -14,10 +14,8 @@ from llmemb_ray.reporting import document
 from llmemb_ray.reporting.training.charts import POINTS, best, charts
 from llmemb_ray.storage import Storage, absolute
 from llmemb_ray.training import metrics
-from llmemb_ray.training.finetune import Finetuned
+from llmemb_ray.training.finetune import PAGE, Finetuned
 from llmemb_ray.training.metrics import Row
-
-NAME = "training.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,8 @@ def write(
     settings: Mapping[str, Any] | None = None,
     result: Mapping[str, Any] | None = None,
 ) -> None:
-    """Puts the page at ``NAME`` in place of the one before; the rest as for ``render``. Raises StorageError."""
-    storage.put(NAME, render(rows, title, steps=steps, settings=settings, result=result).encode())
+    """Puts the page at ``PAGE`` in place of the one before; the rest as for ``render``. Raises StorageError."""
+    storage.put(PAGE, render(rows, title, steps=steps, settings=settings, result=result).encode())
 
 
 def of(made: Finetuned, settings: FinetuneSettings) -> None:
