@@ -94,8 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="llmemb-precision-") as scratch:
         root = Path(scratch)
         texts = demo.make_corpus(root / "corpus")
-        demo.make_model(root / "demo-model", texts)
-        results.append(compare("demo", texts, str(root / "demo-model"), {"prompt": "none"}, root))
+        results.append(compare("demo", texts, "pocket", {}, root))
         data = Path(os.environ.get("LLMEMB_DATA", Path(__file__).parents[2] / "shared" / "data"))
         if data.is_dir():
             abstracts = [json.loads(line)["text"] for line in (data / "scifact" / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -298,7 +298,7 @@ def demos_select(settings: DemosSelectSettings, as_json: bool) -> None:
 
 @llmemb.command("demo")
 @click.argument("directory", default="demo-output")
-@click.option("--model", default=None, help="Hub id or directory of a model; default: a small seeded decoder made on the spot.")
+@click.option("--model", default=None, help="Hub id or directory of a model; default: pocket, the package's own.")
 def demo(directory: str, model: str | None) -> None:
     """Embed the documentation of Python's standard library into DIRECTORY, verify it, search it and report on it."""
     from llmemb_ray import demo as demonstration

@@ -5,6 +5,7 @@ Invariant: nothing that looks like a secret is printed. What a setting may be is
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -77,6 +78,8 @@ def masked(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_redacted(item) for item in value]
     return redact(value) if isinstance(value, str) else value
@@ -103,7 +106,7 @@ def command_line(settings: Settings, command: str = "embed") -> str:
     deadline = getattr(settings, "deadline", None)
     if deadline and not is_duration(deadline):
         left_out.add("deadline")
-    words = ["llmemb", *command.split()]
+    words, assignments = ["llmemb", *command.split()], list[str]()
     fields = type(settings).model_fields
     for name, field in fields.items():
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("argument"):
@@ -118,8 +121,21 @@ def command_line(settings: Settings, command: str = "embed") -> str:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list) and not all(_is_plain(item) for item in value):
+            assignments += ["--set", f"{name}={_in_flow_style(value)}"]
         elif isinstance(value, list) and not extra.get("commas"):
             words += [word for item in value for word in (flag, str(item))]
         else:
             words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return shlex.join(redact(word) for word in words)
+    return shlex.join([*map(redact, words), *assignments])
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether its option can say the item of a list: what is no mapping, or of one the path alone."""
+    return not isinstance(item, Settings) or item.model_dump(exclude_unset=True) == {"path": [str(item)]}
+
+
+def _in_flow_style(items: list[Settings]) -> str:
+    """YAML on one line, what is given alone; redacted text by text, since a URL in one would swallow the next."""
+    values = _redacted([item.model_dump(mode="json", exclude_unset=True) for item in items])
+    return yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).rstrip()

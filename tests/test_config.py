@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmemb_ray import config
-from llmemb_ray.config import EmbedSettings, ModelSettings, SearchSettings, StorageSettings, VerifySettings, parse_actors
+from llmemb_ray.config import EmbedSettings, FinetuneSettings, ModelSettings, SearchSettings, StorageSettings, VerifySettings, parse_actors
 from llmemb_ray.errors import ConfigError
 from llmemb_ray.representation.representation import Form, Representation
-from llmemb_ray.written import masked, override, read_file
+from llmemb_ray.written import command_line, masked, override, read_file
 
 
 def settings(**values: Any) -> EmbedSettings:
@@ -141,6 +142,35 @@ def test_what_is_recorded_holds_neither_storage_options_nor_credentials() -> Non
     assert secret not in str(recorded)
     assert recorded["input"] == ["https://host/path"]
     assert "storage_options" not in recorded
+
+
+SIGNED = "https://user:s3cr3t@host/b.jsonl?X-Amz-Signature=s3cr3t"
+
+
+def finetuning(*train: Any) -> FinetuneSettings:
+    return FinetuneSettings.make({"model": "m", "out": "o", "train": list(train)})
+
+
+def test_credentials_are_hidden_in_mappings_of_lists_too() -> None:
+    made = finetuning("a.jsonl", {"path": ["c.jsonl", SIGNED], "weight": 0.5})
+    shown = masked(made.model_dump(mode="json"))
+    assert [source["path"] for source in shown["train"]] == [["a.jsonl"], ["c.jsonl", "https://host/b.jsonl"]]
+    assert "s3cr3t" not in str(shown) + command_line(made, "finetune") + command_line(finetuning(SIGNED), "finetune")
+
+
+def test_a_command_line_says_sources_that_are_more_than_a_path() -> None:
+    assert command_line(finetuning("a.jsonl", {"path": "b c.jsonl"}), "finetune") == "llmemb finetune --model m --train a.jsonl --train 'b c.jsonl' --out o"
+    sources = [
+        "a.jsonl",
+        {"path": ["s3://b/*.jsonl", "1:8"], "weight": 1e-5, "symmetric": True, "name": "no"},
+        {"path": "c", "instruction": ["Who? a=b, 'c' 😀\n\x7f: {d}", "#e"]},
+    ]
+    for made in (finetuning(*sources), finetuning({"path": ["a", "b"]})):
+        words = shlex.split(command_line(made, "finetune"))
+        assert "--train" not in words
+        again = override({"model": "m", "out": "o"}, [words[words.index("--set") + 1]])
+        assert FinetuneSettings.make(again) == made
+        assert again["train"] == [source.model_dump(exclude_unset=True) for source in made.train], "what was not given stays so"
 
 
 # -- the representation ------------------------------------------------------------------------------

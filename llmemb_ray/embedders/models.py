@@ -271,9 +271,18 @@ def configure(config: Any, *, context: Context, positions: int = 0) -> Any:
             values["rope_theta"] = context.rope_theta
     if context.sliding_window is not None:
         text.sliding_window = context.sliding_window or (NO_WINDOW if getattr(text, "layer_types", None) else None)
-    if positions and capabilities.rotations(text):
-        text.max_position_embeddings = max(positions, text.max_position_embeddings)
+    if capabilities.rotations(text) and positions > text.max_position_embeddings:
+        _keep_longrope(text)
+        text.max_position_embeddings = positions
     return config
+
+
+def _keep_longrope(config: Any) -> None:
+    """LongRoPE scales attention by the ratio of the positions to those before, unless a factor stands there: written down before the positions change."""
+    config.rope_parameters = rope = copy.deepcopy(config.rope_parameters)
+    for values in (rope, *(layer for layer in rope.values() if isinstance(layer, dict))):
+        if values.get("rope_type") == "longrope" and values.get("factor") is None:
+            values["factor"] = config.max_position_embeddings / values["original_max_position_embeddings"]
 
 
 def settle_max_tokens(representation: Representation, config: Any, *, extended: bool = False) -> Representation:
@@ -501,10 +510,10 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def load_whole(path: Path, *, adapter: Path | None, trust_remote_code: bool, context: Context, head: bool) -> Any:
+def load_whole(path: Path, *, adapter: Path | None, trust_remote_code: bool, context: Context, positions: int, head: bool) -> Any:
     """The model in float32 on the CPU with its adapter merged, fit to be saved. Raises ModelError.
 
-    head: with its language-model head, if the checkpoint has one or ties it
+    positions: what its configuration allows at least, where they are rotary; head: with its language-model head, if the checkpoint has one or ties it
     """
     import torch
     from safetensors import SafetensorError
@@ -512,7 +521,7 @@ def load_whole(path: Path, *, adapter: Path | None, trust_remote_code: bool, con
 
     check_weight_files(path, allow_pickle=False)
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "use_safetensors": True, "output_loading_info": True}
-    options["config"] = configure(_whole_config(path, trust_remote_code=trust_remote_code), context=context)
+    options["config"] = configure(_whole_config(path, trust_remote_code=trust_remote_code), context=context, positions=positions)
     on_causal = adapter is not None and _adapter_is_causal(adapter)
     try:
         with quiet_transformers():

@@ -313,6 +313,7 @@ def _finish(job: Job, batches: Batches, standing: dict[str, Any], steps: int) ->
         command=command_line(settings, "finetune"),
         finished=time.time(),
     )
-    outcome.write(output.child(place), spec, settings, made, batches)
+    record = outcome.write(output.child(place), spec, settings, made, batches)
+    made = replace(made, space=record["space"])
     output.put(RECORD, json.dumps(made.to_dict(), indent=1, ensure_ascii=False).encode())
     return made
