@@ -52,10 +52,10 @@ FREE = (
     "out", "overwrite", "workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address", "log_steps", "checkpoint_steps", "micro_batch",
     "gradient_checkpointing", "shard_parameters", "data", "endpoint_url", "storage_options", "storage_retry_seconds", "allow_pickle", "trust_remote_code",
     "preset",
-    "model", "revision", "train", "representation", "prompt", "demo", "instruction", "clean", "pooling", "layer", "normalize", "dimensions",
+    "model", "revision", "representation", "prompt", "demo", "instruction", "clean", "pooling", "layer", "normalize", "dimensions",
     "max_tokens", "rope_theta", "sliding_window", "append_eos", "role",
 )  # fmt: skip
-"""Settings that may change from one command to the next, or that are told by model, data and space."""
+"""Settings that may change from one command to the next, or that the space tells."""
 
 Say = Callable[[str], None]
 
