@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmemb_ray import destination
 from llmemb_ray.config import ExportModelSettings, ModelSettings
 from llmemb_ray.embedders import beside, models
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import ConfigError, ModelError, OutputError
+from llmemb_ray.errors import ConfigError, ModelError
 from llmemb_ray.representation.representation import FILE_NAME, ROLES
 from llmemb_ray.representation.space import Context
 from llmemb_ray.storage import Storage, absolute, redact
@@ -68,12 +68,9 @@ def export_model(settings: ExportModelSettings) -> ExportedModel:
 
     Raises ConfigError for a base that is not known, ModelError for weights that do not fit, OutputError for a DEST that is in the way.
     """
-    final = _free(settings)
+    final = destination.free(settings.dest, mark=f".{MARK}", overwrite=settings.overwrite)
     spec = _spec(settings)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        temporary.mkdir()
+    with destination.written(final) as temporary:
         _write_model(spec, settings, temporary)
         _write_tokenizer(spec, temporary)
         spec.representation.save(temporary)
@@ -97,11 +94,6 @@ def export_model(settings: ExportModelSettings) -> ExportedModel:
         )
         (temporary / card.NAME).write_text(_card(spec, made), encoding="utf-8")
         (temporary / f".{MARK}").write_text(json.dumps(made.to_dict(), indent=1), encoding="utf-8")
-        _put_in_place(temporary, final)
-    except OSError as error:
-        raise OutputError(f"dest: {final} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 
@@ -235,30 +227,3 @@ def _card(spec: EmbedderSpec, made: ExportedModel) -> str:
     library = "sentence-transformers" if made.to == "sentence-transformers" else "transformers"
     title = f"{made.base.rstrip('/').rpartition('/')[2]} for sentence embeddings"
     return card.card(title=title, header=card.header(base=base, library=library), sections=sections)
-
-
-# -- the destination -------------------------------------------------------------------------------
-
-
-def _free(settings: ExportModelSettings) -> Path:
-    """The directory to write. Raises ConfigError unless it is local, OutputError if something stands there that is not to be replaced."""
-    if "://" in settings.dest:
-        raise ConfigError(f"dest: {redact(settings.dest)} is not local; export into a local directory and copy that where it is to go")
-    final = Path(absolute(settings.dest))
-    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
-        return final
-    if not (final / f".{MARK}").is_file():
-        raise OutputError(f"dest: {final} holds something that export-model did not write; name another directory, or empty it first")
-    if not settings.overwrite:
-        raise OutputError(f"dest: {final} holds an exported model already; name another directory, or replace it with overwrite")
-    return final
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    if not final.exists():
-        os.rename(temporary, final)
-        return
-    old = final.with_name(f"{temporary.name}.old")
-    os.rename(final, old)
-    os.rename(temporary, final)
-    shutil.rmtree(old)

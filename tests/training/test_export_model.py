@@ -164,7 +164,7 @@ def test_the_dtype_is_that_of_the_file_and_overwrite_replaces_exports_alone(base
         exported(out, dest)
     exported(out, dest, overwrite=True)
     assert farthest(Embedder.load(str(dest)).encode(SENTENCES), expected) < 1e-5
-    with pytest.raises(OutputError, match="did not write"):
+    with pytest.raises(OutputError, match="no export wrote"):
         exported(out, out, overwrite=True)
 
 

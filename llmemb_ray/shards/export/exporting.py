@@ -7,23 +7,19 @@ only what an export left, told by its mark. Which form the vectors take is the w
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmemb_ray import destination
 from llmemb_ray.errors import ConfigError, OutputError
 from llmemb_ray.shards.export.rows import Rows
 from llmemb_ray.shards.export.writers import Target, faiss_index, hf, lance, npy
 from llmemb_ray.shards.run import Run
-from llmemb_ray.storage import absolute
 
 Form = Literal["npy", "faiss", "lance", "hf"]
 
@@ -89,7 +85,7 @@ def export(
         raise ConfigError(f"faiss_factory: is for faiss; with {to} it does nothing")
     if run.receipt is None and not allow_unfinished:
         raise OutputError(f"{run.url} is not finished; run the embed command again to finish it, or export what is committed with allow_unfinished")
-    final = _free(dest, run, overwrite)
+    final = destination.free(dest, mark=MARK, overwrite=overwrite)
     rows = Rows(run, dtype=None if raw else dtype or "float32")
     if not rows.count:
         raise OutputError(f"{run.url} holds no vectors, there is nothing to export")
@@ -106,10 +102,7 @@ def export(
         finished=run.receipt is not None,
         dest=str(final),
     )
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        temporary.mkdir()
+    with destination.written(final) as temporary:
         with _bar(rows.count, progress) as written:
             rows.on_rows = written
             how = WRITERS[to](rows, Target(temporary, str(final), faiss_factory))
@@ -118,36 +111,7 @@ def export(
         about = replace(about, bytes=size, how_to_load=how)
         calibration = run.precision.calibration.to_dict() if raw and run.precision.quantised and run.precision.calibration else None
         (temporary / MARK).write_text(json.dumps(about.to_dict() | {"calibration": calibration}, indent=1), encoding="utf-8")
-        _put_in_place(temporary, final)
-    except OSError as error:
-        raise OutputError(f"dest: {final} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return about
-
-
-def _free(dest: str, run: Run, overwrite: bool) -> Path:
-    """The directory to write. Raises ConfigError unless it is local, OutputError if something stands there that is not to be replaced."""
-    if "://" in dest and not dest.startswith("file://"):
-        raise ConfigError(f"dest: {dest.split('?')[0]} is not local; export into a local directory and copy that where it is to go")
-    final = Path(absolute(dest.removeprefix("file://")))
-    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
-        return final
-    if not (final / MARK).is_file():
-        raise OutputError(f"dest: {final} holds something that no export wrote; name another directory, or empty it first")
-    if not overwrite:
-        raise OutputError(f"dest: {final} holds an export already; name another directory, or replace it with overwrite")
-    return final
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    if not final.exists():
-        os.rename(temporary, final)
-        return
-    old = final.with_name(f"{temporary.name}.old")
-    os.rename(final, old)
-    os.rename(temporary, final)
-    shutil.rmtree(old)
 
 
 @contextmanager
