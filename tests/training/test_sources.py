@@ -16,7 +16,7 @@ from llmemb_ray.storage import Storage
 from llmemb_ray.training import public_sets, reading, sources
 from llmemb_ray.training.sources import Bad, Columns, Row
 
-REPRODUCE = Path(__file__).parents[2] / "jobs" / "reproduce"
+REPRODUCE = Path(__file__).parents[2] / "jobs" / "reproduce" / "training"
 
 
 def settings(*train: Any, **values: Any) -> FinetuneSettings:
