@@ -7,10 +7,11 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
-from llmemb_ray.errors import ConfigError
+from llmemb_ray.errors import ConfigError, LlmembError, RunFailed
 
 ANSWER_SECONDS = 20.0
 """How long a cluster's head may take to answer."""
@@ -39,6 +40,18 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def result_of(reference: Any, task: str) -> Any:
+    """The result of a task; its own error, if it has one, without Ray's wrapping. task: as RunFailed names it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LlmembError):
+            raise error.cause from None
+        raise RunFailed(f"{task} failed: {type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"{task} was lost: {type(error).__name__}; run the command again") from error
 
 
 def _require_answer(address: str) -> None:

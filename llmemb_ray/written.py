@@ -77,6 +77,12 @@ def masked(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _without_secrets(value) if name == "storage_options" else _redacted(value) for name, value in values.items()}
 
 
+def given_settings(settings: Settings) -> dict[str, Any]:
+    """What was set, for a record: without storage options, URLs redacted."""
+    values = settings.model_dump(mode="json", exclude={"storage_options"})
+    return masked({name: value for name, value in values.items() if name in settings.model_fields_set})
+
+
 def _redacted(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _redacted(item) for key, item in value.items()}

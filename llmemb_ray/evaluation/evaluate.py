@@ -34,7 +34,7 @@ from llmemb_ray.evaluation.vectors import ENGINE, Vectors
 from llmemb_ray.pipeline import planning
 from llmemb_ray.representation.space import differences
 from llmemb_ray.storage import Storage, absolute
-from llmemb_ray.written import command_line, masked
+from llmemb_ray.written import command_line, given_settings
 
 MTEB = "mteb"
 """Runs by its own library, which asks for vectors as it goes."""
@@ -140,7 +140,7 @@ class _Keeper:
             counts={"texts": vectors.counts.wanted, "texts_embedded": vectors.counts.distinct, "tokens": vectors.counts.tokens},
             seconds=earlier.seconds | {"embed": round(vectors.counts.seconds, 2), suite: round(seconds, 2)},
             contamination=contamination.to_dict() if contamination else earlier.contamination,
-            settings=_given(self._settings),
+            settings=given_settings(self._settings),
             versions=planning.versions(),
             out=self.out,
             machine=f"{platform.processor() or platform.machine()}, {platform.system()}",
@@ -183,11 +183,6 @@ class _Keeper:
         own = {name: getattr(settings, name) for name in record.PROTOCOL.get(suite, ()) if name != "task_instructions" or instructed}
         here = self._spec.on(models.default_device() == "cuda")
         return own | (vectors.engine or {name: getattr(here, name) for name in ENGINE})
-
-
-def _given(settings: EvaluateSettings) -> dict[str, Any]:
-    data = settings.model_dump(mode="json", exclude={"storage_options"})
-    return masked({name: value for name, value in data.items() if name in settings.model_fields_set})
 
 
 def output_of(settings: EvaluateSettings, spec: EmbedderSpec) -> str:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from llmemb_ray.corpus.columns import Selection
 from llmemb_ray.corpus.reading import UNIT_BUFFER_BYTES, batches, check_unchanged
 from llmemb_ray.corpus.units import PlannedFile
-from llmemb_ray.errors import InputError, LlmembError, RunFailed
+from llmemb_ray.errors import InputError
 from llmemb_ray.shards.run import Run
 from llmemb_ray.storage import Access, locate, redact
 
@@ -128,13 +128,6 @@ def _on_cluster(files: Sequence[PlannedFile], selection: Selection, access: Acce
 
 
 def _get(reference: Any) -> Standing:
-    import ray
+    from llmemb_ray.connection import result_of
 
-    try:
-        return ray.get(reference)  # type: ignore[no-any-return]
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LlmembError):
-            raise error.cause from None
-        raise RunFailed(f"a task that reads the corpus failed: {type(error.cause).__name__}: {error.cause}") from error
-    except ray.exceptions.RayError as error:
-        raise RunFailed(f"a task that reads the corpus was lost: {type(error).__name__}; run the command again") from error
+    return result_of(reference, "a task that reads the corpus")  # type: ignore[no-any-return]

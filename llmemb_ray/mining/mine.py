@@ -37,7 +37,7 @@ from llmemb_ray.search import exact
 from llmemb_ray.shards.run import Run, read_groups
 from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Storage, absolute, redact
-from llmemb_ray.written import command_line, masked
+from llmemb_ray.written import command_line, given_settings
 
 RECORD = "mining.json"
 PLAN, PAIRS, POSITIVES, STANDING = "_mine/plan.json", "_mine/pairs.json", "_mine/positives.json", "_mine/standing.parquet"
@@ -149,9 +149,7 @@ def mine(settings: MineSettings, *, say: Say = lambda line: None) -> Mined:
         corpus_run=corpus.url,
         corpus_run_key=corpus.plan.run_key,
         queries=written.files,
-        settings=masked(
-            {name: value for name, value in settings.model_dump(mode="json", exclude={"storage_options"}).items() if name in settings.model_fields_set}
-        ),
+        settings=given_settings(settings),
         versions=planning.versions(),
         command=command_line(settings, "mine"),
         seconds=round(time.monotonic() - started, 2),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
-from llmemb_ray.errors import LlmembError, RunFailed
+from llmemb_ray.connection import result_of
 from llmemb_ray.search import exact
 from llmemb_ray.search.best import Best, Floats
 from llmemb_ray.search.scan import Shards, check_queries, most_results, scan, shards_of
@@ -85,12 +85,4 @@ def _merge_one(best: Best, under_way: list[Any]) -> list[Any]:
 
 
 def _get(reference: Any) -> Any:
-    """The result of a task; its own error, if it has one, without Ray's wrapping."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LlmembError):
-            raise error.cause from None
-        raise RunFailed(f"a task of the search failed: {type(error.cause).__name__}: {error.cause}") from error
-    except ray.exceptions.RayError as error:
-        raise RunFailed(f"a task of the search was lost: {type(error).__name__}; run the command again") from error
+    return result_of(reference, "a task of the search")

@@ -23,11 +23,10 @@ from llmemb_ray.representation.representation import FILE_NAME, ROLES
 from llmemb_ray.representation.space import Context
 from llmemb_ray.storage import Storage, absolute, redact
 from llmemb_ray.training import card
+from llmemb_ray.training.model import copy_tokenizer
 
 PLACES = ("", "adapter", "model")
 """Where in TRAINED an adapter or a model may stand: there, or as finetune leaves them in its OUT."""
-
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "*.py")
 
 MODULE = "llmemb_st"
 """Python file, without its ending, that sentence-transformers imports from the directory."""
@@ -182,9 +181,7 @@ def _write_tokenizer(spec: EmbedderSpec, directory: Path) -> None:
 
     source = models.fetch(spec.model, spec.access, weights=False)
     if (source / "tokenizer.json").is_file():
-        for path in sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}):
-            if not (directory / path.name).exists():
-                shutil.copyfile(path, directory / path.name)
+        copy_tokenizer(source, directory)
     else:
         AutoTokenizer.from_pretrained(source, trust_remote_code=spec.trust_remote_code).save_pretrained(directory)
     if models.load_tokenizer(directory, trust_remote_code=spec.trust_remote_code).digest != spec.tokenizer.digest:

@@ -32,7 +32,7 @@ from llmemb_ray.training.batches import RECORD as DATA
 from llmemb_ray.training.checkpoints import ROOT as CHECKPOINTS
 from llmemb_ray.training.checkpoints import Checkpoints
 from llmemb_ray.training.worker import OUTCOMES, Board, Job, work
-from llmemb_ray.written import command_line, masked
+from llmemb_ray.written import command_line, given_settings, masked
 
 PLAN, RECORD, PAGE = "finetune.json", "finetuned.json", "training.html"
 
@@ -306,9 +306,7 @@ def _finish(job: Job, batches: Batches, standing: dict[str, Any], steps: int) ->
         seconds=round(standing["seconds"], 2),
         space=spec.space.digest,
         workers=settings.workers,
-        settings=masked(
-            {name: value for name, value in settings.model_dump(mode="json", exclude={"storage_options"}).items() if name in settings.model_fields_set}
-        ),
+        settings=given_settings(settings),
         versions=planning.versions(),
         command=command_line(settings, "finetune"),
         finished=time.time(),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmemb_ray.config import FinetuneSettings
     from llmemb_ray.embedders.embedder import EmbedderSpec
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*", "*.py")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*", "*.jinja", "*.py")
 """Files that a model directory needs beside weights and configuration, where the base has them."""
 
 
@@ -223,9 +223,7 @@ class TrainedModel:
             models.configure(self.module.config, context=Context(), positions=self._spec.representation.max_tokens or 0)
             with models.quiet_transformers():
                 self.module.save_pretrained(directory, state_dict=state)
-            source = models.fetch(self._spec.model, self._spec.access, weights=False)
-            for file in sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}):
-                shutil.copyfile(file, directory / file.name)
+            copy_tokenizer(models.fetch(self._spec.model, self._spec.access, weights=False), directory)
             return
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -239,6 +237,13 @@ class TrainedModel:
     @property
     def _keeps(self) -> bool:
         return not self._sharded or dist.get_rank() == 0
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copies the files of ``TOKENIZER_FILES`` that ``directory`` lacks."""
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}):
+        if not (directory / file.name).exists():
+            shutil.copyfile(file, directory / file.name)
 
 
 def _workers() -> int:
