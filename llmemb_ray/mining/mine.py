@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmemb_ray import parquet
 from llmemb_ray.config import EmbedSettings, MineSettings, parse_actors
 from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.beside import representation_of
@@ -35,7 +36,6 @@ from llmemb_ray.representation.representation import FILE_NAME, Representation
 from llmemb_ray.representation.space import differences
 from llmemb_ray.search import exact
 from llmemb_ray.shards.run import Run, read_groups
-from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Storage, absolute, redact
 from llmemb_ray.written import command_line, given_settings
 
@@ -249,7 +249,7 @@ def _standing(corpus: Run, known: Known, output: Storage, *, on_cluster: bool) -
     if output.exists(STANDING):
         return Standing.of(positives.read(output, STANDING))
     standing = equality.look(corpus, known.texts, on_cluster=on_cluster)
-    output.put(STANDING, parquet_bytes(standing.table()))
+    output.put(STANDING, parquet.to_bytes(standing.table()))
     return standing
 
 

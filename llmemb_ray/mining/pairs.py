@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from llmemb_ray import parquet
 from llmemb_ray.config import MineSettings
 from llmemb_ray.corpus import rows as corpus_rows
 from llmemb_ray.corpus.rows import version as version
 from llmemb_ray.errors import ConfigError, InputError
-from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Access, Storage, absolute, redact
 
 DIRECTORY, REJECTS = "pairs", "rejects"
@@ -116,7 +116,7 @@ def write(settings: MineSettings, files: Sequence[str], output: Storage) -> Writ
             write_rejects(output, f"read-{part_name(flushed)}", bad)
         if held:
             table = pa.Table.from_pylist([{"id": number} | row for number, row in enumerate(held)], schema=SCHEMA)
-            output.put(f"{DIRECTORY}/{name}", parquet_bytes(table))
+            output.put(f"{DIRECTORY}/{name}", parquet.to_bytes(table))
             parts.append(name)
             pairs += len(held)
         held, bad, flushed = [], [], flushed + 1
@@ -164,7 +164,7 @@ def read_qrels(url: str, access: Access) -> dict[str, list[str]]:
 
 
 def write_rejects(output: Storage, name: str, bad: Sequence[Bad]) -> None:
-    output.put(f"{REJECTS}/{name}", parquet_bytes(pa.Table.from_pylist([vars(one) for one in bad], schema=REJECT_SCHEMA)))
+    output.put(f"{REJECTS}/{name}", parquet.to_bytes(pa.Table.from_pylist([vars(one) for one in bad], schema=REJECT_SCHEMA)))
 
 
 def _columns(settings: MineSettings, names: Sequence[str], shown: str) -> Columns:

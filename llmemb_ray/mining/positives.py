@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.corpus import lookup
 from llmemb_ray.errors import ConfigError, InputError
 from llmemb_ray.mining import equality, pairs
 from llmemb_ray.mining.equality import Ints
 from llmemb_ray.mining.pairs import Bad
 from llmemb_ray.shards.run import Run
-from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Storage
 
 DIRECTORY = "positives"
@@ -33,7 +32,7 @@ NOT_IN_CORPUS = "positive not in the corpus"
 
 def read(output: Storage, path: str) -> pa.Table:
     with output.open(path) as reader:
-        return pq.ParquetFile(reader).read()
+        return parquet.read(reader)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def write(output: Storage, parts: Sequence[str], run: Run, *, by_id: bool) -> di
         if bad:
             pairs.write_rejects(output, f"positives-{name}", bad)
         if rows:
-            output.put(f"{DIRECTORY}/{name}", parquet_bytes(pa.Table.from_pylist([{"id": number} | row for number, row in enumerate(rows)], schema=SCHEMA)))
+            output.put(f"{DIRECTORY}/{name}", parquet.to_bytes(pa.Table.from_pylist([{"id": number} | row for number, row in enumerate(rows)], schema=SCHEMA)))
         counts["positives"] += len(rows)
         counts["rejected"] += len(bad)
     if not counts["positives"]:

@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import OutputError
-from llmemb_ray.shards.schema import METADATA_KEY, metadata_of, parquet_bytes
+from llmemb_ray.shards.schema import METADATA_KEY, metadata_of
 from llmemb_ray.storage import Storage
 
 DIRECTORY = "triples"
@@ -43,7 +44,7 @@ negative_files: index into the plan of the corpus' run."""
 def write(output: Storage, name: str, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> None:
     """counts: of the part, kept in the file's metadata."""
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    output.put(f"{DIRECTORY}/{name}", parquet_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(counts).encode()})))
+    output.put(f"{DIRECTORY}/{name}", parquet.to_bytes(table.replace_schema_metadata({METADATA_KEY: json.dumps(counts).encode()})))
 
 
 def written(output: Storage) -> set[str]:

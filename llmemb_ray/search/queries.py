@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.corpus.columns import column, id_values, without_views
 from llmemb_ray.errors import ConfigError, InputError, NotFound
 from llmemb_ray.storage import Access, absolute, locate, redact
@@ -70,7 +70,7 @@ def _decoded(data: bytes, shown: str) -> str:
 def _table(data: bytes, kind: str, shown: str) -> pa.Table:
     try:
         if kind == "Parquet":
-            return without_views(pq.ParquetFile(pa.BufferReader(data)).read())
+            return without_views(parquet.read(data))
         if kind == "JSON lines":
             return _from_json_lines(_decoded(data, shown), shown)
         # All columns as text: 007 is an id, and a query of digits is a text.

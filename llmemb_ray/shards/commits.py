@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import NotFound, OutputError
-from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Storage, is_temporary
 
 DIRECTORY = "_llmemb/commits"
@@ -125,7 +124,7 @@ def read_all(storage: Storage) -> list[Commit]:
 def compact(storage: Storage, commits: list[Commit]) -> None:
     """Writes all commits into one file, then removes the single ones. Stopped in between, nothing is lost."""
     records: list[dict[str, Any]] = [asdict(commit) | {"reasons": json.dumps(commit.reasons)} for commit in commits]
-    storage.put(COMPACTED, parquet_bytes(pa.Table.from_pylist(records, schema=_SCHEMA)))
+    storage.put(COMPACTED, parquet.to_bytes(pa.Table.from_pylist(records, schema=_SCHEMA)))
     storage.delete([entry.path for entry in storage.list(DIRECTORY)])
 
 
@@ -135,7 +134,7 @@ def _compacted(storage: Storage) -> list[Commit]:
     except NotFound:
         return []
     try:
-        records = pq.read_table(pa.BufferReader(data)).to_pylist()
+        records = parquet.read(data).to_pylist()
         return [Commit(**(record | {"reasons": json.loads(record["reasons"])})) for record in records]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{storage.display(COMPACTED)} holds no commit records of this version: {error}") from error

@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.corpus.columns import Selection
 from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
 from llmemb_ray.errors import NotFound, OutputError, RunMismatch
 from llmemb_ray.representation.representation import Representation
 from llmemb_ray.representation.space import differences, digest
 from llmemb_ray.shards.precision import Calibration, Dtype, Precision
-from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Storage
 
 RECORD = "_llmemb/plan/plan.json"
@@ -153,7 +152,7 @@ class Plan:
             [file.generation for file in self.files],
         ]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, _FILES_SCHEMA, strict=True)]
-        files = parquet_bytes(pa.Table.from_arrays(arrays, schema=_FILES_SCHEMA))
+        files = parquet.to_bytes(pa.Table.from_arrays(arrays, schema=_FILES_SCHEMA))
         path = FILES.format(generation=self.generation)
         storage.put(path, files)
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "files"}
@@ -186,7 +185,7 @@ class Plan:
         return cls(
             files=[
                 PlannedFile(**(row | {"group_rows": tuple(row["group_rows"]), "partitions": json.loads(row["partitions"])}))
-                for row in pq.read_table(pa.BufferReader(files)).to_pylist()
+                for row in parquet.read(files).to_pylist()
             ],
             selection=Selection(**(record["selection"] | {"keep": tuple(record["selection"]["keep"])})),
             **{name: record[name] for name in set(cls.__dataclass_fields__) - {"files", "selection"}},

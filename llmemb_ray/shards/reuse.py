@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import NotFound, OutputError, RunMismatch
 from llmemb_ray.representation.space import differences
 from llmemb_ray.shards import partitions
@@ -27,7 +27,7 @@ from llmemb_ray.shards.partitions import Partitions
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Precision
 from llmemb_ray.shards.run import OWN, Run, read_rows
-from llmemb_ray.shards.schema import parquet_bytes, raw_values
+from llmemb_ray.shards.schema import raw_values
 from llmemb_ray.storage import Storage, cache_directory
 
 DIRECTORY = f"{OWN}/reuse"
@@ -89,7 +89,7 @@ def build_index(earlier: Run, output: Storage) -> list[str]:
     except NotFound:
         pass
     output.delete_tree(DIRECTORY)
-    output.put(SHARDS, parquet_bytes(pa.table({"shard": pa.array(earlier.shard_paths, pa.string())})))
+    output.put(SHARDS, parquet.to_bytes(pa.table({"shard": pa.array(earlier.shard_paths, pa.string())})))
     broken: list[str] = []
     with tempfile.TemporaryDirectory(prefix="llmemb-reuse-") as scratch:
         spread = Partitions(Path(scratch))
@@ -168,7 +168,7 @@ class _Index:
                     (partial / number).write_bytes(output.read(name))
                 partial.rename(here)
         self._parts: dict[int, npt.NDArray[Any]] = {int(number): np.memmap(here / number, _ENTRY, "r") for number in names}
-        self.shards: list[str] = pq.read_table(pa.BufferReader(output.read(SHARDS)))["shard"].to_pylist()
+        self.shards: list[str] = parquet.read(output.read(SHARDS))["shard"].to_pylist()
 
     def find(self, digests: partitions.Digests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(shard, row) of each digest by its first 8 bytes; −1 where there is none."""
@@ -217,7 +217,7 @@ def write_deletions(earlier: Run, run: Run) -> int:
     deleted = pa.concat_tables(tables)
     if chunked:
         deleted = deleted.drop_columns(chunked).group_by(columns[: -len(chunked)], use_threads=False).aggregate([])
-    run.storage.put(DELETED, parquet_bytes(deleted))
+    run.storage.put(DELETED, parquet.to_bytes(deleted))
     return int(deleted.num_rows)
 
 

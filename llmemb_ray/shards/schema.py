@@ -14,6 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
+
 METADATA_KEY = b"llmemb"
 
 ROW_GROUP_BYTES = 16 * 2**20
@@ -90,14 +92,7 @@ def encode_shard(table: pa.Table, metadata: Mapping[str, Any], *, vector_bytes: 
 
 
 def encode_rejects(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
-    return parquet_bytes(table.cast(REJECTS).replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()}))
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A small table as a Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="ZSTD")
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+    return parquet.to_bytes(table.cast(REJECTS).replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()}))
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, Any]:

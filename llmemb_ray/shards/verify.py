@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.corpus import files as corpus_files
 from llmemb_ray.corpus.columns import column, id_values
 from llmemb_ray.corpus.reading import read_units
@@ -174,7 +174,7 @@ def _table(run: Run, path: str, sha256: str, findings: Findings) -> pa.Table | N
         findings.problem(f"{path} does not have the checksum of its commit: its content changed")
         return None
     try:
-        return pq.read_table(pa.BufferReader(data))
+        return parquet.read(data)
     except (pa.ArrowInvalid, OSError) as error:
         findings.problem(f"{path} cannot be read: {error}")
         return None
@@ -370,7 +370,7 @@ def _compare_ids(run: Run, commit: Commit | None, source: pa.ChunkedArray, findi
 def _rows_and_ids(run: Run, path: str) -> Iterator[tuple[int, Any]]:
     try:
         with run.storage.open(path) as reader:
-            table = pq.read_table(reader, columns=["source_row", "id"])
+            table = parquet.read(reader, columns=["source_row", "id"])
     except NotFound:
         return
     yield from zip(table["source_row"].to_pylist(), id_values(table["id"]), strict=True)

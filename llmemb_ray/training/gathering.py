@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import LlmembError
 from llmemb_ray.storage import Storage
 from llmemb_ray.training import order, reading
@@ -65,7 +66,7 @@ def place_rows(batch: pa.Table, plan: Any, storage: Storage) -> Iterator[pa.Tabl
     settled: Plan = ray.get(plan)
     first, instructions = batch["first"][0].as_py(), settled.told[batch["source"][0].as_py()]
     with storage.open(batch["part"][0].as_py()) as reader:
-        rows = pq.read_table(reader, schema=reading.ROWS)
+        rows = parquet.read(reader)
     start, end = np.searchsorted(settled.rows_sorted, [first, first + rows.num_rows])
     numbers, positions = settled.rows_sorted[start:end], settled.by_row[start:end]
     steps = np.searchsorted(settled.steps.starts, positions, side="right") - 1

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmemb_ray import parquet
 from llmemb_ray.corpus import rows as corpus_rows
 from llmemb_ray.mining.equality import key as text_key
-from llmemb_ray.shards.schema import parquet_bytes
 from llmemb_ray.storage import Access, Storage, redact
 from llmemb_ray.training import sources
 from llmemb_ray.training.batches import DIRECTORY
@@ -103,7 +103,7 @@ def read_file(task: FileTask, storage: Storage) -> FileRows:
         nonlocal held, own, bulk
         path = f"{DIRECTORY}/rows/{task.number:06d}-{len(made.parts):06d}.parquet"
         if held:
-            storage.put(path, parquet_bytes(pa.Table.from_pylist(held, schema=ROWS)))
+            storage.put(path, parquet.to_bytes(pa.Table.from_pylist(held, schema=ROWS)))
             made.parts.append((path, len(held)))
             group_of.append(np.array(own, np.int32))
             if task.keep_anchors:
@@ -114,7 +114,7 @@ def read_file(task: FileTask, storage: Storage) -> FileRows:
         nonlocal bad
         if bad:
             number = made.reasons.total() - len(bad)
-            storage.put(f"{DIRECTORY}/rejects/{task.number:06d}-{number:09d}.parquet", parquet_bytes(pa.Table.from_pylist(bad, schema=REJECTS)))
+            storage.put(f"{DIRECTORY}/rejects/{task.number:06d}-{number:09d}.parquet", parquet.to_bytes(pa.Table.from_pylist(bad, schema=REJECTS)))
         bad = []
 
     for number, values in enumerate(corpus_rows.read(task.url, task.access, choose, setting=f"{task.origin.place}.path")):
