@@ -5,9 +5,11 @@ Invariant: nothing that looks like a secret is printed. What a setting may be is
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,11 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"set {name}: its value is not YAML") from error
     return values
+
+
+def json_lines(records: Iterable[dict[str, Any]]) -> bytes:
+    """A line each."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def masked(values: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llmemb_ray.config.base import (
 from llmemb_ray.config.demonstrations import DemosBuildSettings, DemosSelectSettings
 from llmemb_ray.config.embedding import EmbedSettings, ParitySettings, PlanSettings, is_duration, parse_deadline, parse_utilization
 from llmemb_ray.config.evaluation import EvaluateSettings
+from llmemb_ray.config.generation import GeneratorSettings
 from llmemb_ray.config.mining import MineSettings
 from llmemb_ray.config.readers import ExportSettings, ReportSettings, SearchSettings, VerifySettings
 from llmemb_ray.config.training import ExportModelSettings, FinetuneSettings, Source
@@ -33,6 +34,7 @@ __all__ = [
     "ExportModelSettings",
     "ExportSettings",
     "FinetuneSettings",
+    "GeneratorSettings",
     "MineSettings",
     "ModelSettings",
     "ParitySettings",

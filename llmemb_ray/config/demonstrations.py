@@ -6,7 +6,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from llmemb_ray.config.base import ActorSettings, ClusterSettings, setting
+from llmemb_ray.config.base import ClusterSettings, setting
+from llmemb_ray.config.generation import LLMSettings, named
 from llmemb_ray.representation.cleaning import Cleaning
 
 TRANSFER = "transfer:"
@@ -17,7 +18,7 @@ STSB_TRAIN = ("stsb-train", "stsb-train-senteval")
 """Sentences that need no file: STS-B's training pairs as they were written, and lower-cased and tokenised."""
 
 
-class DemosBuildSettings(ActorSettings):
+class DemosBuildSettings(LLMSettings):
     """Candidates of demonstrations: sentences summed up in one word by an LLM, and words with their definitions."""
 
     out: str = setting(..., "JSON lines to write: sentence, word, source; local or URL.", panel="Candidates", argument=True)
@@ -43,24 +44,9 @@ class DemosBuildSettings(ActorSettings):
     )
     dictionary_count: int = setting(200, "Entries sampled from each dictionary; paper 1 takes 200.", panel="Dictionary", ge=1)
 
-    llm: str | None = setting(None, "Model of an OpenAI-compatible endpoint that is asked; its key is taken from OPENAI_API_KEY.", panel="Endpoint")
-    base_url: str | None = setting(None, "The endpoint, such as http://127.0.0.1:8000/v1; default: OPENAI_BASE_URL, else OpenAI's own.", panel="Endpoint")
-    concurrency: int = setting(8, "Requests to the endpoint at once.", panel="Endpoint", ge=1, le=1000)
-    retries: int = setting(5, "Times that a request is tried again after an overload, a time-out or a lost connection.", panel="Endpoint", ge=0)
     request_timeout: float = setting(60.0, "Seconds that a request may take.", panel="Endpoint", gt=0)
-    temperature: float | None = setting(0.0, "Of the endpoint's answers; null leaves it to the endpoint.", panel="Endpoint", ge=0)
-
-    model: str | None = setting(None, "Model to load and ask in place of an endpoint, greedily: hub id, local directory or URL.", panel="Model")
-    revision: str | None = setting(None, "Branch, tag or commit of a hub model; resolved to a commit once.", panel="Model")
-    asking: Literal["auto", "chat", "plain"] = setting(
-        "auto", "model: chat through its chat template, plain by going on from the template's last quote, auto: chat where there is one.", panel="Model"
-    )
-    max_new_tokens: int = setting(24, "Tokens of an answer at most, of an endpoint's as well; a model that reasons first needs more.", panel="Model", ge=1)
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Precision of the model; auto is bfloat16 on CUDA, else float32.", panel="Model"
-    )
-    trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings.", panel="Model")
-    allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Model")
+    temperature: float | None = setting(0.0, "Of the answers: 0 for the likeliest; null leaves it to the endpoint.", panel="Generation", ge=0)
+    max_new_tokens: int = setting(24, "Tokens of an answer at most; a model that reasons first needs more.", panel="Generation", ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -72,14 +58,8 @@ class DemosBuildSettings(ActorSettings):
             raise ValueError("llm or model, one of them, must be given: the model of an endpoint, or one to load, that sums up the sentences")
         if not self.sentences and (self.llm or self.model):
             raise ValueError("llm and model sum up sentences; give sentences, or leave them out")
-        asking = {"base_url", "concurrency", "retries", "request_timeout", "temperature"}
-        if self.llm is None and self.model_fields_set & asking:
-            raise ValueError(f"{_named(self.model_fields_set & asking)}: for an endpoint; does nothing without llm")
-        loading = {"revision", "asking", "compute_dtype", "trust_remote_code", "allow_pickle", "actors", "gpus_per_actor", "cpus_per_actor", "ray_address"}
-        if self.model is None and self.model_fields_set & loading:
-            raise ValueError(f"{_named(self.model_fields_set & loading)}: for a model that is loaded; does nothing without model")
-        if not self.sentences and (ignored := self.model_fields_set & {"sentence_column", "count", "data", "max_new_tokens"}):
-            raise ValueError(f"{_named(ignored)}: for sentences that an LLM sums up; does nothing with a dictionary alone")
+        if not self.sentences and (ignored := self.model_fields_set & {"sentence_column", "count", "data", "max_new_tokens", "temperature", "top_p"}):
+            raise ValueError(f"{named(ignored)}: for sentences that an LLM sums up; does nothing with a dictionary alone")
         if not self.dictionary and "dictionary_count" in self.model_fields_set:
             raise ValueError("dictionary_count: does nothing without a dictionary; count is for sentences")
         of_stsb = [name in STSB_TRAIN for name in self.sentences]
@@ -88,11 +68,6 @@ class DemosBuildSettings(ActorSettings):
         if self.data is not None and not any(of_stsb):
             raise ValueError(f"data: only {' and '.join(STSB_TRAIN)} are looked for there; leave it out")
         return self
-
-    def cluster(self) -> ClusterSettings:
-        """What the actors take of a cluster."""
-        names = ("endpoint_url", "storage_options", "storage_retry_seconds", "model", "actors", "gpus_per_actor", "cpus_per_actor", "ray_address")
-        return ClusterSettings.make({name: getattr(self, name) for name in names})
 
 
 class DemosSelectSettings(ClusterSettings):
@@ -144,7 +119,3 @@ class DemosSelectSettings(ClusterSettings):
     @property
     def transfer_task(self) -> str | None:
         return self.for_.removeprefix(TRANSFER) if self.for_.startswith(TRANSFER) else None
-
-
-def _named(settings: set[str]) -> str:
-    return ", ".join(sorted(settings))

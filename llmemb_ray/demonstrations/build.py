@@ -12,18 +12,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmemb_ray.config import parse_actors
 from llmemb_ray.config.demonstrations import DemosBuildSettings
 from llmemb_ray.demonstrations import summaries, words
-from llmemb_ray.demonstrations.answers import Answers
-from llmemb_ray.demonstrations.candidates import Candidate, json_lines, json_object, numbered_lines, read_candidates, unique, write_candidates
+from llmemb_ray.demonstrations.candidates import Candidate, json_object, numbered_lines, read_candidates, unique, write_candidates
 from llmemb_ray.demonstrations.dictionary import read_dictionary
 from llmemb_ray.demonstrations.sentences import Sentences, read_sentences, sample
 from llmemb_ray.errors import InputError, OutputError, RunFailed
-from llmemb_ray.generation.endpoint import Endpoint
+from llmemb_ray.generation.answers import Answers
 from llmemb_ray.generation.generator import Answer, Generator
-from llmemb_ray.generation.local import LocalGenerator, LocalSpec
+from llmemb_ray.generation.opening import opened, specs_of
 from llmemb_ray.storage import absolute, locate, redact
+from llmemb_ray.written import json_lines
 
 Say = Callable[[str], None]
 
@@ -204,58 +203,13 @@ def _reason(answer: Answer, reading: words.Reading | None) -> str:
 @contextmanager
 def _generator(settings: DemosBuildSettings, sentences: Sequence[str], answers: Answers) -> Iterator[Generator]:
     """Whom the settings ask; a model is not loaded where all is answered. Raises ConfigError or ModelError."""
-    if settings.llm is not None:
-        yield Endpoint(
-            settings.llm,
-            base_url=settings.base_url,
-            concurrency=settings.concurrency,
-            retries=settings.retries,
-            timeout=settings.request_timeout,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-        )
-        return
-    specs = _specs(settings)
-    for spec in specs.values():
+    specs = None if settings.model is None else specs_of(settings)
+    for spec in (specs or {}).values():
         if not summaries.unanswered(sentences, spec.name, answers):
             yield _Answered(spec.name)
             return
-    if parse_actors(settings.actors) == (0, 0):
-        yield LocalGenerator(next(iter(specs.values())))
-        return
-    from llmemb_ray.connection import connected
-    from llmemb_ray.generation.actors import on_cluster
-    from llmemb_ray.pipeline.graph import shape
-
-    cluster = settings.cluster()
-    with connected(settings.ray_address):
-        spec = specs["cuda" if shape(cluster).on_gpu else "cpu"]
-        with on_cluster(spec, cluster) as generator:
-            yield generator
-
-
-def _specs(settings: DemosBuildSettings) -> dict[str, LocalSpec]:
-    """Device -> the model with the precision that it has there; the answers of one precision are not those of another.
-
-    Only this machine's where the model is loaded in this process, else what the actors of a cluster may have. Raises ConfigError or ModelError.
-    """
-    from llmemb_ray.embedders import models
-
-    assert settings.model is not None
-    source = models.resolve(settings.model, settings.revision, settings.access)
-    devices = [models.default_device()] if parse_actors(settings.actors) == (0, 0) else ["cuda", "cpu"]
-    return {
-        device: LocalSpec(
-            source=source,
-            asking=settings.asking,
-            max_new_tokens=settings.max_new_tokens,
-            compute_dtype=models.resolve_dtype(settings.compute_dtype, device),
-            trust_remote_code=settings.trust_remote_code,
-            allow_pickle=settings.allow_pickle,
-            access=settings.access,
-        )
-        for device in devices
-    }
+    with opened(settings, specs) as generator:
+        yield generator
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 from llmemb_ray.errors import InputError, NotFound
 from llmemb_ray.representation.templates import Demonstration
 from llmemb_ray.storage import Access, absolute, locate, redact
+from llmemb_ray.written import json_lines
 
 _PROMPT = re.compile(r'This sentence : "(?P<sentence>.*)" means in one word:"(?P<word>[^"]*)"\.This sentence : "\*sent 0\*" means in one word:"')
 
@@ -76,10 +77,6 @@ def write_candidates(url: str, candidates: Iterable[Candidate], access: Access |
     """Writes the file whole, in place of one that is there. Raises StorageError."""
     storage, name = locate(absolute(url), access or Access())
     storage.put(name, json_lines(map(asdict, candidates)))
-
-
-def json_lines(records: Iterable[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def json_object(line: str, where: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmemb_ray.demonstrations.answers import Answers
 from llmemb_ray.errors import RunFailed
-from llmemb_ray.generation.generator import Answer, Generator
+from llmemb_ray.generation.answers import Answers
+from llmemb_ray.generation.generator import Answer, Generator, Prompt
 from llmemb_ray.representation.templates import PROMPTEOL, split
 
 SAY_SECONDS = 10.0
@@ -49,7 +49,7 @@ def ask(sentences: Sequence[str], generator: Generator, answers: Answers, say: C
     failed: list[str] = []
     answered, said = 0, time.monotonic()
     if open_:
-        for number, answer in generator.generate(map(prompt, open_)):
+        for number, answer in generator.generate(Prompt(text=prompt(sentence)) for sentence in open_):
             for name in count:
                 count[name] += getattr(answer, name)
             if answer.passing:

@@ -6,9 +6,25 @@ in any order. A generator keeps nothing on disk and knows not what the answers a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
+
+Structured = Literal["json_schema", "json_object", "none"]
+"""What holds an answer to the schema of its prompt: all of the schema; that it is some JSON object; nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What one answer is asked for."""
+
+    text: str
+    schema: Mapping[str, Any] | None = None
+    """JSON schema that the answer must follow, as far as the generator's ``structured`` enforces it; None for free text."""
+    seed: int | None = None
+    """Of the answer's sampling, 0 ≤ seed < 2**63; None for one that cannot be made again. Without effect at temperature 0."""
+    max_new_tokens: int | None = None
+    """Of the answer; None for the generator's own limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +54,7 @@ class Generator(Protocol):
     def name(self) -> str:
         """Whom is asked, with every setting that decides an answer: equal names give interchangeable answers. Holds no secret."""
 
-    def generate(self, prompts: Iterable[str]) -> Iterator[tuple[int, Answer]]:
+    def generate(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
         """(number of the prompt, answer) as they come; ``prompts`` is read as there is room, and may be long.
 
         Raises ConfigError for what no prompt can succeed with (key, model, address), RunFailed where it went on failing.

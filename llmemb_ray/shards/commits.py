@@ -6,19 +6,11 @@ commit stands names files that are whole. Readers go through commits and see not
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-import pyarrow as pa
+from llmemb_ray.shards.records import COMPACTED, DIRECTORY, Records, path
 
-from llmemb_ray import parquet
-from llmemb_ray.errors import NotFound, OutputError
-from llmemb_ray.storage import Storage, is_temporary
-
-DIRECTORY = "_llmemb/commits"
-COMPACTED = "_llmemb/commits.parquet"
-"""All commits of a finished run in one file."""
+__all__ = ["COMPACTED", "DIRECTORY", "Commit", "committed_units", "compact", "path", "read", "read_all", "write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,68 +72,11 @@ class Commit:
     """Unix time of the commit."""
     host: str = ""
 
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
 
-    @classmethod
-    def from_json(cls, data: bytes, origin: str) -> Commit:
-        try:
-            return cls(**json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise OutputError(f"{origin} is no commit record of this version: {error}") from error
+_RECORDS = Records(Commit)
 
-
-def path(unit: str) -> str:
-    return f"{DIRECTORY}/{unit}.json"
-
-
-def committed_units(storage: Storage) -> set[str]:
-    """Names of the units that are done: those with a commit of their own, by listing alone, and the compacted ones."""
-    return _single_units(storage) | {commit.unit for commit in _compacted(storage)}
-
-
-def _single_units(storage: Storage) -> set[str]:
-    names = (entry.path.rsplit("/", 1)[1] for entry in storage.list(DIRECTORY) if not is_temporary(entry.path))
-    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
-
-
-def read(storage: Storage, unit: str) -> Commit:
-    return Commit.from_json(storage.read(path(unit)), storage.display(path(unit)))
-
-
-def write(storage: Storage, commit: Commit) -> None:
-    storage.put(path(commit.unit), commit.to_json())
-
-
-def read_all(storage: Storage) -> list[Commit]:
-    """The commit that stands for each unit, compacted or not, by unit."""
-    commits = {commit.unit: commit for commit in _compacted(storage)}
-    single = sorted(_single_units(storage) - set(commits))
-    commits |= zip(single, storage.map(lambda unit: read(storage, unit), single), strict=True)
-    return [commits[unit] for unit in sorted(commits)]
-
-
-def compact(storage: Storage, commits: list[Commit]) -> None:
-    """Writes all commits into one file, then removes the single ones. Stopped in between, nothing is lost."""
-    records: list[dict[str, Any]] = [asdict(commit) | {"reasons": json.dumps(commit.reasons)} for commit in commits]
-    storage.put(COMPACTED, parquet.to_bytes(pa.Table.from_pylist(records, schema=_SCHEMA)))
-    storage.delete([entry.path for entry in storage.list(DIRECTORY)])
-
-
-def _compacted(storage: Storage) -> list[Commit]:
-    try:
-        data = storage.read(COMPACTED)
-    except NotFound:
-        return []
-    try:
-        records = parquet.read(data).to_pylist()
-        return [Commit(**(record | {"reasons": json.loads(record["reasons"])})) for record in records]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise OutputError(f"{storage.display(COMPACTED)} holds no commit records of this version: {error}") from error
-
-
-def _arrow_type(annotation: str) -> pa.DataType:
-    return {"int": pa.int64(), "float": pa.float64()}.get(annotation, pa.string())
-
-
-_SCHEMA = pa.schema([(name, _arrow_type(str(f.type))) for name, f in Commit.__dataclass_fields__.items()])
+committed_units = _RECORDS.committed_units
+read = _RECORDS.read
+write = _RECORDS.write
+read_all = _RECORDS.read_all
+compact = _RECORDS.compact

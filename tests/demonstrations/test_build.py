@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from llmemb_ray.config import DemosBuildSettings
-from llmemb_ray.demonstrations.answers import Answers
 from llmemb_ray.demonstrations.build import Built, build
 from llmemb_ray.demonstrations.candidates import read_candidates
 from llmemb_ray.errors import ConfigError, InputError, OutputError, RunFailed
+from llmemb_ray.generation.answers import Answers
 from llmemb_ray.generation.generator import Answer
 from tests.generation.chat_server import ChatServer, Reply, completion, fault
 from tests.ray_cluster import free_port

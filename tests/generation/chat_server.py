@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | tuple[int, dict[str, Any] | bytes]
-"""The text of an answer, or an HTTP status with a body."""
+
+@dataclass(frozen=True)
+class Broken:
+    """A connection that is lost after half of the answer's body."""
+
+    text: str
+
+
+Reply = str | tuple[int, dict[str, Any] | bytes] | Broken
+"""The text of an answer, or an HTTP status with a body; a page where that begins with <, else JSON."""
 
 
 def completion(text: str | None, *, finish: str = "stop", tokens: tuple[int, int] = (11, 2)) -> dict[str, Any]:
@@ -30,17 +41,27 @@ def fault(message: str, *, code: str | None = None, param: str | None = None) ->
 
 
 class ChatServer:
-    """reply: called with the prompt and how often it came before; seconds: that each answer takes"""
+    """reply: called with the prompt and how often it came before; seconds: that each answer takes; port: 0 for any"""
 
-    def __init__(self, reply: Callable[[str, int], Reply], seconds: float = 0.0) -> None:
+    def __init__(self, reply: Callable[[str, int], Reply], seconds: float = 0.0, port: int = 0) -> None:
         self.asked: Counter[str] = Counter()
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.busiest = 0
         self._busy, self._lock = 0, threading.Lock()
+        self._connections: set[socket.socket] = set()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                server._connections.add(self.connection)
+
+            def finish(self) -> None:
+                with contextlib.suppress(OSError):  # The client is gone, as after a time-out, or the server is killed.
+                    super().finish()
+                server._connections.discard(self.connection)
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -55,21 +76,35 @@ class ChatServer:
                 with server._lock:
                     server._busy -= 1
                 replied = reply(prompt, before)
+                broken = isinstance(replied, Broken)
+                if isinstance(replied, Broken):
+                    replied = replied.text
                 status, content = (200, completion(replied)) if isinstance(replied, str) else replied
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "text/html" if isinstance(content, bytes) else "application/json")
+                self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.send_header("Retry-After-Ms", "1")
-                self.end_headers()
-                self.wfile.write(data)
+                try:
+                    self.end_headers()
+                    self.wfile.write(data[: len(data) // 2] if broken else data)
+                    self.close_connection = broken
+                except OSError:
+                    self.close_connection = True
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Says nothing."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def kill(self) -> None:
+        """Takes no more requests and drops those under way."""
+        self.__exit__()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> ChatServer:
         return self

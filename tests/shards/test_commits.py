@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +86,7 @@ def test_a_broken_record_is_named(storage: Storage, data: bytes) -> None:
 
 
 def test_a_record_of_a_later_version_is_refused_and_not_half_understood(storage: Storage) -> None:
-    later = json.loads(commit_of(UNITS[0]).to_json()) | {"chunks": 3}
+    later = asdict(commit_of(UNITS[0])) | {"chunks": 3}
     storage.put(commits.path(UNITS[0].name), json.dumps(later).encode())
     with pytest.raises(OutputError, match="chunks"):
         commits.read_all(storage)

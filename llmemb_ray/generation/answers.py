@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from llmemb_ray.demonstrations.candidates import json_lines
 from llmemb_ray.errors import InputError, NotFound, StorageError
 from llmemb_ray.generation.generator import Answer
 from llmemb_ray.storage import Access, absolute, locate, redact
+from llmemb_ray.written import json_lines
 
 SAVE_SECONDS = 10.0
 """Between two writes to an object store: what a killed command loses at most."""
@@ -52,6 +53,10 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def all(self) -> Iterator[Answer]:
+        """Whoever was asked."""
+        yield from self._kept.values()
 
     def get(self, asked: str, prompt: str) -> Answer | None:
         """asked: the name of a generator."""

@@ -1,0 +1,1 @@
+"""Synthetic training data (paper 2, section 3.1): tasks, queries, positives and hard negatives that an LLM writes."""
