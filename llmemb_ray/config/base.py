@@ -176,10 +176,7 @@ class ModelSettings(RepresentationSettings, WeightsSettings):
 
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
-        arguments = self.engine_args
-        for name in arguments.keys() & OWNED_ENGINE_ARGS.keys():
-            way_out = f"set {OWNED_ENGINE_ARGS[name]} instead" if OWNED_ENGINE_ARGS[name] else "leave it out"
-            raise ValueError(f"engine_arg: {name} is settled by llmemb; {way_out}")
+        refuse_owned(self.engine_args, OWNED_ENGINE_ARGS)
         if self.backend != "auto":
             refused = refusals(self.backend, **self.engine(), pooling=self.pooling, layer=self.layer)
         else:
@@ -192,16 +189,7 @@ class ModelSettings(RepresentationSettings, WeightsSettings):
     @property
     def engine_args(self) -> dict[str, Any]:
         """``engine_arg`` as a mapping. Raises ValueError."""
-        arguments = {}
-        for text in self.engine_arg:
-            name, equals, value = text.partition("=")
-            if not equals or not name.isidentifier():
-                raise ValueError(f"engine_arg: {text!r} is not KEY=VALUE with the name of an argument of vLLM's engine, such as max_num_seqs=64")
-            try:
-                arguments[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ValueError(f"engine_arg: the value of {name} is not YAML") from None
-        return arguments
+        return parse_engine_args(self.engine_arg)
 
     def engine(self) -> dict[str, Any]:
         """The settings that a backend may refuse, besides those of the representation."""
@@ -245,6 +233,27 @@ class ClusterSettings(ActorSettings, ModelSettings):
         if self.backend == "vllm" and (self.gpus_per_actor or 0) > self.tensor_parallel:
             raise ValueError(f"gpus_per_actor: vLLM would use {self.tensor_parallel} of {self.gpus_per_actor:g} GPUs; set tensor_parallel instead")
         return self
+
+
+def parse_engine_args(assignments: list[str]) -> dict[str, Any]:
+    """A mapping of KEY=VALUE texts, values in YAML. Raises ValueError."""
+    arguments = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"engine_arg: {text!r} is not KEY=VALUE with the name of an argument of vLLM's engine, such as max_num_seqs=64")
+        try:
+            arguments[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"engine_arg: the value of {name} is not YAML") from None
+    return arguments
+
+
+def refuse_owned(arguments: dict[str, Any], owned: dict[str, str]) -> None:
+    """Raises ValueError for an argument that is settled elsewhere. owned: name -> the setting that does so, "" where none can."""
+    for name in arguments.keys() & owned.keys():
+        way_out = f"set {owned[name]} instead" if owned[name] else "leave it out"
+        raise ValueError(f"engine_arg: {name} is settled by llmemb; {way_out}")
 
 
 def parse_actors(text: str) -> tuple[int, int] | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import model_validator
 
-from llmemb_ray.config.base import ActorSettings, ClusterSettings, setting
+from llmemb_ray.config.base import ActorSettings, ClusterSettings, parse_engine_args, refuse_owned, setting
 
 OWNED_ENGINE_ARGS: dict[str, str] = {
     "model": "model",
@@ -85,9 +84,7 @@ class LLMSettings(ActorSettings):
             raise ValueError("temperature: null leaves it to an endpoint; a model that is loaded needs a number, 0 for the likeliest answer")
         if self.top_p is not None and self.temperature == 0:
             raise ValueError("top_p: does nothing at temperature 0; leave it out, or set temperature")
-        for name in self.engine_args.keys() & OWNED_ENGINE_ARGS.keys():
-            way_out = f"set {OWNED_ENGINE_ARGS[name]} instead" if OWNED_ENGINE_ARGS[name] else "leave it out"
-            raise ValueError(f"engine_arg: {name} is settled by llmemb; {way_out}")
+        refuse_owned(self.engine_args, OWNED_ENGINE_ARGS)
         for_vllm = {name for name, is_set in (("tensor_parallel", self.tensor_parallel > 1), ("engine_arg", bool(self.engine_arg))) if is_set}
         if self.engine == "transformers" and for_vllm:
             raise ValueError(f"{named(for_vllm)}: for vLLM; set engine vllm, or leave it out")
@@ -100,16 +97,7 @@ class LLMSettings(ActorSettings):
     @property
     def engine_args(self) -> dict[str, Any]:
         """``engine_arg`` as a mapping. Raises ValueError."""
-        arguments = {}
-        for text in self.engine_arg:
-            name, equals, value = text.partition("=")
-            if not equals or not name.isidentifier():
-                raise ValueError(f"engine_arg: {text!r} is not KEY=VALUE with the name of an argument of vLLM's engine, such as max_num_seqs=64")
-            try:
-                arguments[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ValueError(f"engine_arg: the value of {name} is not YAML") from None
-        return arguments
+        return parse_engine_args(self.engine_arg)
 
     def cluster(self) -> ClusterSettings:
         """What the actors take of a cluster."""
