@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
 
 from llmemb_ray.config import ExportModelSettings
 from llmemb_ray.embedders.embedder import Embedder
@@ -18,6 +17,9 @@ from llmemb_ray.representation import Representation
 from llmemb_ray.representation.representation import Form, preset
 from llmemb_ray.training.export_model import ExportedModel, export_model
 from tests.small_models import SENTENCES, make_adapter, make_model
+
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed (extra: test)")
+SentenceTransformer = sentence_transformers.SentenceTransformer
 
 LONG = "The quick brown fox jumps over the lazy dog — naïve café 数据. " * 30
 TEXTS = [*SENTENCES, LONG, "x" * 900, LONG + "?"]
