@@ -75,8 +75,15 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def json_lines(records: Iterable[dict[str, Any]]) -> bytes:
-    """A line each."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    """A line each. What is no Unicode text, half a surrogate pair, is escaped."""
+    return b"".join(_json_line(record) for record in records)
+
+
+def _json_line(record: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(record) + "\n").encode()
 
 
 def masked(values: dict[str, Any]) -> dict[str, Any]:

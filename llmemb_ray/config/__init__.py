@@ -22,6 +22,7 @@ from llmemb_ray.config.evaluation import EvaluateSettings
 from llmemb_ray.config.generation import GeneratorSettings
 from llmemb_ray.config.mining import MineSettings
 from llmemb_ray.config.readers import ExportSettings, ReportSettings, SearchSettings, VerifySettings
+from llmemb_ray.config.synthesis import SynthesizeSettings
 from llmemb_ray.config.training import ExportModelSettings, FinetuneSettings, Source
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Settings",
     "Source",
     "StorageSettings",
+    "SynthesizeSettings",
     "VerifySettings",
     "WeightsSettings",
     "is_duration",

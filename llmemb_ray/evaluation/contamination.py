@@ -135,6 +135,11 @@ def check(training: Sequence[str], texts_by_task: Mapping[str, Sequence[str]], a
     return Contamination(tasks=tasks, columns=columns)
 
 
+def keys(files: Sequence[str], access: Access) -> frozenset[str]:
+    """What ``normal`` makes of every string in files of evaluation texts, or directories of them. Raises as ``check`` does."""
+    return frozenset(key for url in _files(files, access) for _, text in _strings(url, access) if (key := normal(text)))
+
+
 def _files(training: Sequence[str], access: Access) -> Iterator[str]:
     for named in training:
         url = absolute(named)

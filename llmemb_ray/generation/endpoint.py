@@ -116,7 +116,7 @@ class Endpoint:
         from openai import DefaultHttpxClient, OpenAI
 
         self._key = os.environ.get(KEY, "").strip()
-        self._url = base_url or os.environ.get(BASE_URL) or "https://api.openai.com/v1"
+        self._url = address(base_url)
         if not self._key and not (base_url or os.environ.get(BASE_URL)):
             raise ConfigError(f"llm: no key is set; put it into the environment variable {KEY}, or name an endpoint of your own with base_url")
         if not self._url.startswith(("http://", "https://")):
@@ -295,6 +295,11 @@ class Endpoint:
         """One line of an endpoint's own words, without the key that some repeat."""
         text = " ".join(text.split())[:300]
         return text.replace(self._key, "***") if self._key else text
+
+
+def address(base_url: str | None) -> str:
+    """Where requests go."""
+    return base_url or os.environ.get(BASE_URL) or "https://api.openai.com/v1"
 
 
 def sampling_name(temperature: float | None, top_p: float | None, max_new_tokens: int, structured: Structured) -> str:

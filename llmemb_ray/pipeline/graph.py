@@ -288,7 +288,7 @@ class Execution:
                     if self._drained_for_long():
                         return
         except (ray.exceptions.RayError, RuntimeError) as error:
-            raise RunFailed(f"the job stopped: {_cause(error)}; what was committed stands, the same command continues") from error
+            raise RunFailed(f"the job stopped: {cause(error)}; what was committed stands, the same command continues") from error
 
     def stop(self) -> None:
         """Begins no more units; those begun are still finished."""
@@ -312,7 +312,7 @@ class Execution:
         return rows, tokens, actors
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The line of Ray's text that names the first error which is not Ray's own."""
     named = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*$", str(error), re.MULTILINE)
     return str(named[0]) if named else f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

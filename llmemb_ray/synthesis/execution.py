@@ -1,0 +1,142 @@
+"""Who answers the requests of a run: one generator that this process asks, or actors on Ray that each hold one.
+
+Invariant: both ask the same requests of the same unit and write through ``units.write``. In this process requests of several units are
+under way at once, and each answer is kept until its unit is committed, so that what was paid for is not asked again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmemb_ray.generation.answers import Answers
+from llmemb_ray.generation.generator import Answer, Generator, Prompt
+from llmemb_ray.storage import Storage
+from llmemb_ray.synthesis.commits import Made
+from llmemb_ray.synthesis.drawing import Request
+from llmemb_ray.synthesis.spending import Spending
+from llmemb_ray.synthesis.units import Unit, Work, write
+
+ANSWERS = "_llmemb/answers"
+"""Directory of answers to requests of units that are not committed yet."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one unit: its commit, or why it has none."""
+
+    unit: str
+    made: Made | None
+    error: str | None = None
+
+
+class Execution(Protocol):
+    def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
+        """(number of the prompt, answer), in any order: of the brainstorming."""
+
+    def run(self, work: Work, units: Iterable[Unit]) -> Iterator[Outcome]:
+        """What became of each unit."""
+
+    def live(self) -> tuple[int, int, int]:
+        """(requests answered, tokens, generators at work) by this command."""
+
+
+@dataclass
+class _Open:
+    """A unit with requests under way."""
+
+    unit: Unit
+    requests: list[Request]
+    kept: Answers
+    answers: dict[int, Answer]
+    began: float
+
+
+class InProcess:
+    """One generator, asked from here."""
+
+    def __init__(self, generator: Generator, spending: Spending) -> None:
+        self._generator, self._spending = generator, spending
+        self._rows = self._tokens = 0
+
+    def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
+        numbered = self._spending.within(prompts)
+        for number, answer in self._generator.generate(numbered):
+            self._count(answer)
+            self._spending.add(answer)
+            yield number, answer
+
+    def run(self, work: Work, units: Iterable[Unit]) -> Iterator[Outcome]:
+        """A unit with a request that nobody answered has no commit; its other answers are kept."""
+        asked: dict[int, tuple[_Open, int]] = {}
+        ready: list[_Open] = []
+        opened: dict[str, _Open] = {}
+
+        def prompts() -> Iterator[Prompt]:
+            number = 0
+            for unit in units:
+                one = self._open(work, unit)
+                opened[unit.name] = one
+                if len(one.answers) == unit.rows:
+                    ready.append(one)
+                    continue
+                for request in one.requests:
+                    if request.row not in one.answers:
+                        asked[number] = one, request.row
+                        number += 1
+                        yield work.prompt(request)
+
+        unanswered: dict[str, str] = {}
+        try:
+            for number, answer in self._generator.generate(self._spending.within(prompts())):
+                one, row = asked.pop(number)
+                self._count(answer)
+                self._spending.add(answer)
+                if answer.passing:
+                    unanswered[one.unit.name] = f"request {row}: {answer.problem}"
+                    continue
+                one.kept.add(work.generator, str(row), answer)
+                one.answers[row] = answer
+                if len(one.answers) == one.unit.rows:
+                    ready.append(one)
+                while ready:
+                    yield self._commit(work, opened.pop(ready.pop().unit.name))
+            while ready:
+                yield self._commit(work, opened.pop(ready.pop().unit.name))
+        finally:
+            for one in opened.values():
+                one.kept.close()
+        yield from (Outcome(name, None, unanswered[name]) for name in opened if name in unanswered)
+
+    def _open(self, work: Work, unit: Unit) -> _Open:
+        kept = Answers(f"{work.output.url}/{ANSWERS}/{unit.name}.jsonl", work.output.access)
+        requests = work.requests(unit)
+        found = {request.row: kept.get(work.generator, str(request.row)) for request in requests}
+        return _Open(unit, requests, kept, {row: answer for row, answer in found.items() if answer is not None}, time.time())
+
+    def _commit(self, work: Work, one: _Open) -> Outcome:
+        one.kept.close()
+        made = write(work, one.unit, one.requests, [one.answers[request.row] for request in one.requests], began=one.began)
+        work.output.delete([f"{ANSWERS}/{one.unit.name}.jsonl"])
+        return Outcome(one.unit.name, made)
+
+    def _count(self, answer: Answer) -> None:
+        self._rows += not answer.passing
+        self._tokens += answer.prompt_tokens + answer.completion_tokens
+
+    def live(self) -> tuple[int, int, int]:
+        return self._rows, self._tokens, 1
+
+
+def kept_tokens(output: Storage) -> tuple[int, int]:
+    """(prompt tokens, tokens of answers) of the answers that are kept for units without a commit."""
+    total = [0, 0]
+    for entry in output.list(ANSWERS):
+        with closing(Answers(f"{output.url}/{entry.path}", output.access)) as kept:
+            for answer in kept.all():
+                total[0] += answer.prompt_tokens
+                total[1] += answer.completion_tokens
+    return total[0], total[1]

@@ -1,0 +1,159 @@
+"""The same requests by actors on Ray: units → actors that hold a generator → commits, as a Ray Data graph.
+
+Invariant: one call of an actor is one unit. An actor begins no unit whose commit is visible. An actor that dies is started again, and a unit
+that ended so many actors fails alone. Brainstorming goes in rounds, each of which needs the one before: its actors stay loaded between them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llmemb_ray import errors
+from llmemb_ray.errors import EngineDied, LlmembError, NotFound, RunFailed
+from llmemb_ray.generation import opening
+from llmemb_ray.generation.actors import ActorGenerator
+from llmemb_ray.generation.generator import Answer, Generator, Prompt
+from llmemb_ray.generation.tokens import ModelSpec
+from llmemb_ray.pipeline.graph import ACTOR_INIT_DEATHS, Shape, cause
+from llmemb_ray.pipeline.ledger import Directions, Ledger
+from llmemb_ray.synthesis.commits import RECORDS, Made
+from llmemb_ray.synthesis.execution import Outcome
+from llmemb_ray.synthesis.units import Unit, Work, write
+
+logger = logging.getLogger(__name__)
+
+
+class Synthesize:
+    """The actor: holds the generator; a unit in, a record of what became of it out."""
+
+    def __init__(self, spec: Any, work: Any, ledger: Any, threads: int | None, attempts: int) -> None:
+        """spec, work: references to a ModelSpec and a Work; ledger: actor handle."""
+        self._ledger, self._attempts = ledger, attempts
+        self._work: Work = ray.get(work)
+        self._name = ray.get_runtime_context().get_actor_id()
+        self._failure: LlmembError | None = None
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if threads:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # As the actors of the embedding job do.
+            import torch
+
+            torch.set_num_threads(threads)
+        try:
+            self._generator: Generator = opening.load(ray.get(spec))
+        except LlmembError as error:
+            self._failure = error  # Told by the first call: Ray would take it here for a lost actor, and try again for long.
+        ledger.hello.remote(self._name)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        unit = Unit(batch["start"][0].as_py(), batch["rows"][0].as_py())
+        name = unit.name
+        if self._failure is not None:
+            return _record(name, error=str(self._failure), fatal=type(self._failure).__name__)
+        self._ledger.hello.remote(self._name)
+        directions: Directions = ray.get(self._ledger.begin.remote(name, 1))
+        if directions.ranges is not None:
+            return _record(name, error=f"the engine died {self._attempts} times at it{f': {directions.last_words}' if directions.last_words else ''}")
+        time.sleep(directions.wait)
+        try:
+            made = self._make(unit)
+        except EngineDied as error:
+            if ray.get(self._ledger.died.remote(name, str(error))):
+                return _record(name, error=f"engines die again and again: {error}", fatal="RunFailed")
+            logger.error("%s: %s; this process ends and another takes its place", name, error)
+            logging.shutdown()
+            os._exit(1)
+        except LlmembError as error:
+            self._ledger.failed.remote(name)
+            fatal = type(error).__name__ if isinstance(error, errors.ConfigError) else None
+            return _record(name, error=str(error), fatal=fatal)
+        self._ledger.done.remote(name)
+        return _record(name, made=made)
+
+    def _make(self, unit: Unit) -> Made:
+        work = self._work
+        try:
+            return RECORDS.read(work.output, unit.name)
+        except NotFound:
+            pass  # As it should be: nobody made it before.
+        began = time.time()
+        requests = work.requests(unit)
+        answers: dict[int, Answer] = {}
+        for number, answer in self._generator.generate([work.prompt(request) for request in requests]):
+            answers[number] = answer
+            self._ledger.add.remote(1, answer.prompt_tokens + answer.completion_tokens)
+            if answer.passing:
+                raise RunFailed(f"request {requests[number].row}: {answer.problem}")
+        return write(work, unit, requests, [answers[number] for number in range(len(requests))], began=began)
+
+
+def _record(name: str, *, made: Made | None = None, error: str | None = None, fatal: str | None = None) -> pa.Table:
+    """fatal: class of an error that no other item would be spared, by its name in ``errors``."""
+    values = {"name": name, "made": None if made is None else json.dumps(asdict(made)), "error": error, "fatal": fatal}
+    return pa.table({key: pa.array([value], pa.string()) for key, value in values.items()})
+
+
+class OnRay:
+    """Actors as ``shape`` says. attempts: actors that may die at a unit until it fails."""
+
+    def __init__(self, spec: ModelSpec, shape: Shape, *, attempts: int) -> None:
+        self._spec, self._shape, self._attempts = spec, shape, attempts
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(attempts, 1.0)
+        self._brainstorming: ActorGenerator | None = None
+
+    def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
+        self._brainstorming = self._brainstorming or ActorGenerator(self._spec, self._shape, attempts=self._attempts)
+        yield from self._brainstorming.generate(prompts)
+
+    def run(self, work: Work, units: Iterable[Unit]) -> Iterator[Outcome]:
+        self.close()  # The GPUs of the brainstorming are needed.
+        waiting = list(units)
+        if not waiting:
+            return
+        context = DataContext.get_current()
+        context.target_max_block_size = 1
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_no_progress_timeout_s = -1
+        context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+        known = {"ledger": self._ledger, "threads": self._shape.threads, "attempts": self._attempts}
+        dataset = ray.data.from_arrow([pa.table({"start": [unit.start], "rows": [unit.rows]}) for unit in waiting]).map_batches(
+            Synthesize,
+            fn_constructor_kwargs={"spec": ray.put(self._spec), "work": ray.put(work)} | known,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=min(self._shape.least, len(waiting)), max_size=min(self._shape.most, len(waiting))),
+            num_cpus=self._shape.cpus,
+            **({"num_gpus": self._shape.gpus} if self._shape.on_gpu else {}),
+        )
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in batch.to_pylist():
+                    if row["fatal"]:
+                        raise getattr(errors, row["fatal"])(row["error"])
+                    yield Outcome(row["name"], Made(**json.loads(row["made"])) if row["made"] else None, row["error"])
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise RunFailed(f"the job stopped: {cause(error)}; what was committed stands, the same command continues") from error
+
+    def close(self) -> None:
+        if self._brainstorming is not None:
+            self._brainstorming.close()
+            self._brainstorming = None
+
+    def live(self) -> tuple[int, int, int]:
+        try:
+            rows, tokens, actors = ray.get(self._ledger.counts.remote(), timeout=0.5)
+        except ray.exceptions.RayError:
+            return 0, 0, 0
+        return rows, tokens, actors
