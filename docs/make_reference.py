@@ -38,6 +38,8 @@ SETTINGS = {
     "evaluate": config.EvaluateSettings,
     "finetune": config.FinetuneSettings,
     "export-model": config.ExportModelSettings,
+    "synthesize": config.SynthesizeSettings,
+    "plan synthesize": config.SynthesizeSettings,
     "mine": config.MineSettings,
     "demos build": config.DemosBuildSettings,
     "demos select": config.DemosSelectSettings,

@@ -1,6 +1,6 @@
-"""Plans a corpus: ``ray job submit --working-dir . -- python jobs/plan.py INPUT... OUTPUT --model MODEL``.
+"""Plans a corpus: ``ray job submit --working-dir . -- python jobs/plan.py INPUT... OUTPUT --model MODEL``, or a synthesis: ``jobs/plan.py synthesize …``.
 
-Takes the arguments of ``llmemb plan``; for corpora that only the cluster can reach.
+Takes the arguments of ``llmemb plan`` and ``llmemb plan synthesize``; for corpora, models and outputs that only the cluster can reach.
 """
 
 import sys

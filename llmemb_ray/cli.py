@@ -29,16 +29,20 @@ from llmemb_ray.config import (
     ReportSettings,
     SearchSettings,
     StorageSettings,
+    SynthesizeSettings,
     VerifySettings,
 )
-from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError, RunFailed
-from llmemb_ray.options import command
+from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError, OutputError, RunFailed
+from llmemb_ray.options import Commands, command
 
 click.rich_click.TEXT_MARKUP = None
 click.rich_click.MAX_WIDTH = 110
 
 if typing.TYPE_CHECKING:
+    from llmemb_ray.shards.findings import Checked
     from llmemb_ray.shards.receipt import Receipt
+    from llmemb_ray.shards.run import Run
+    from llmemb_ray.synthesis.record import Synthesis
 
 
 class RunSettings(StorageSettings):
@@ -47,7 +51,7 @@ class RunSettings(StorageSettings):
     run: str = config.setting(..., "Directory or URL prefix of a run.", panel="Run", argument=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="llmemb")
 def llmemb() -> None:
     """Offline embedding of Parquet corpora with decoder LLMs on Ray."""
@@ -70,6 +74,7 @@ def plan(settings: PlanSettings, as_json: bool) -> None:
     """Show what embed would do and cost: rows, tokens, units, sizes, GPU hours. Loads no weights, starts no Ray, writes nothing.
 
     Reads footers and a sample of rows, and plans the input as a new run. Every figure is an estimate; its assumptions are printed.
+    `llmemb plan synthesize` estimates a synthesis; an INPUT of that name is ./synthesize.
     """
     from llmemb_ray.pipeline.estimates import estimate, text
 
@@ -77,13 +82,25 @@ def plan(settings: PlanSettings, as_json: bool) -> None:
     click.echo(json.dumps(made.to_dict(), indent=1) if as_json else text.text(made))
 
 
+@command(llmemb, "plan synthesize", SynthesizeSettings)
+def plan_synthesize(settings: SynthesizeSettings, as_json: bool) -> None:
+    """Show what synthesize has left to ask and what it costs: requests, tokens, money, time. Asks nobody, loads no weights, writes nothing.
+
+    Where OUT holds a part of it, such as a pilot with --count 200, its tokens and its speed take the place of assumptions.
+    """
+    from llmemb_ray.synthesis import estimate
+
+    made = estimate.preview(settings)
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+
+
 @command(llmemb, "status", RunSettings)
 def status(settings: RunSettings, as_json: bool) -> None:
-    """Show where a run stands, also while a job elsewhere is at work on it."""
-    from llmemb_ray.shards.run import Run
-    from llmemb_ray.storage import Storage, absolute
+    """Show where a run or a synthesis stands, also while a job elsewhere is at work on it."""
+    from llmemb_ray.synthesis.record import Synthesis
 
-    state = Run(Storage(absolute(settings.run), settings.access)).status()
+    found = _opened(settings)
+    state = found.status()
     if as_json:
         click.echo(json.dumps(state, indent=1))
         return
@@ -95,21 +112,32 @@ def status(settings: RunSettings, as_json: bool) -> None:
         rates = f"{progress['rows_per_s']:,.0f} rows/s, {progress['tokens_per_s']:,.0f} tokens/s"
         lines["progress"] = f"{progress['rows']:,} rows, {rates}, {progress['rejects']:,} rejects, {progress['actors']} actors"
     if state["state"] == "stopped":
-        lines["to continue"] = "run the same embed command again"
-    if state["receipt"]:
+        lines["to continue"] = f"run the same {'synthesize' if isinstance(found, Synthesis) else 'embed'} command again"
+    if isinstance(found, Synthesis):
+        lines["accounts"] = next(found.receipt.lines()) if found.receipt else None
+    elif state["receipt"]:
         lines["accounts"] = _accounts(state["receipt"])
-    _print_table(lines, False)
+    _print_table({name: line for name, line in lines.items() if line is not None}, False)
 
 
 @command(llmemb, "verify", VerifySettings)
 def verify(settings: VerifySettings, as_json: bool) -> None:
-    """Check a run from its files alone: checksums, counts, vectors, ids. Exit code 3 if something is wrong."""
-    from llmemb_ray.shards.run import Run
-    from llmemb_ray.shards.verify import verify as check
-    from llmemb_ray.storage import Storage, absolute
+    """Check a run from its files alone: checksums, counts, vectors, ids. Exit code 3 if something is wrong.
 
-    run = Run(Storage(absolute(settings.run), settings.access))
-    findings = check(run, level=settings.level, against=settings.against, allow_duplicate_ids=settings.allow_duplicate_ids)
+    Of a synthesis: checksums, counts, texts, that each row is what its seed draws, and that no example stands twice.
+    """
+    from llmemb_ray.shards.verify import verify as check
+    from llmemb_ray.synthesis import verify as synthesis
+    from llmemb_ray.synthesis.record import Synthesis
+
+    found = _opened(settings)
+    findings: Checked
+    if isinstance(found, Synthesis):
+        if settings.against or settings.allow_duplicate_ids:
+            raise ConfigError(f"against and allow_duplicate_ids are for the corpus of an embedding run; {settings.run} holds a synthesis, leave them out")
+        findings = synthesis.verify(found, level=settings.level)
+    else:
+        findings = check(found, level=settings.level, against=settings.against, allow_duplicate_ids=settings.allow_duplicate_ids)
     if as_json:
         click.echo(json.dumps(findings.to_dict(), indent=1))
         if not findings.sound:
@@ -118,10 +146,7 @@ def verify(settings: VerifySettings, as_json: bool) -> None:
     findings.require()
     for note in findings.notes:
         click.echo(f"note: {note}")
-    read = {"quick": "names, sizes and counts", "sample": f"contents of {findings.units_read} units", "full": "all contents"}[findings.level]
-    ids = "" if findings.duplicate_ids is None else ", ids unique" if findings.duplicate_ids == 0 else ""
-    corpus = "" if findings.against_rows is None else f", {findings.against_rows:,} rows of the corpus all found"
-    click.echo(f"sound: {findings.units:,} units, {findings.rows_embedded:,} rows embedded, {findings.rows_rejected:,} rejected; checked {read}{ids}{corpus}")
+    click.echo(findings.summary())
 
 
 @command(llmemb, "parity", ParitySettings)
@@ -182,9 +207,17 @@ def export(settings: ExportSettings, as_json: bool) -> None:
 
 @command(llmemb, "report", ReportSettings)
 def report(settings: ReportSettings, as_json: bool) -> None:
-    """Write one HTML page about RUN: accounts, throughput, tokens, rejects, health of the vectors, and a map of a sample."""
-    from llmemb_ray.reporting.report import report as write
+    """Write one HTML page about RUN: accounts, throughput, tokens, rejects, health of the vectors, and a map of a sample.
 
+    Of a synthesis: accounts, families, languages, lengths, rejects, tasks, tokens, and examples of each family; --sample says how many, by default 3.
+    """
+    from llmemb_ray.reporting.report import report as write
+    from llmemb_ray.synthesis.record import Synthesis
+
+    found = _opened(settings)
+    if isinstance(found, Synthesis):
+        _report_synthesis(settings, found, as_json)
+        return
     facts = write(settings)
     if as_json:
         click.echo(json.dumps({"page": settings.out} | facts.to_dict(), indent=1))
@@ -196,6 +229,20 @@ def report(settings: ReportSettings, as_json: bool) -> None:
         click.echo(f"{'look' if finding.well is False else '    '}  {finding.name}: {finding.value}" + (f". {finding.says}" if finding.well is False else ""))
     for reason in facts.texts_missing:
         click.echo(f"note: texts could not be read back: {reason}")
+    click.echo(f"{settings.out} is the page; open it in a browser")
+
+
+def _report_synthesis(settings: ReportSettings, found: Synthesis, as_json: bool) -> None:
+    from llmemb_ray.reporting.synthesis import page
+
+    facts = page.report(settings, found)
+    if as_json:
+        click.echo(json.dumps({"page": settings.out} | facts.to_dict(), indent=1, ensure_ascii=False))
+        return
+    for banner in page.banners(facts):
+        click.echo(f"note: {banner}")
+    counts = facts.accounts
+    click.echo(f"{counts['asked']:,} asked = {counts['accepted']:,} accepted + {counts['rejected']:,} rejected + {counts['duplicates']:,} duplicates")
     click.echo(f"{settings.out} is the page; open it in a browser")
 
 
@@ -266,6 +313,21 @@ def mine(settings: MineSettings, as_json: bool) -> None:
     click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
+@command(llmemb, "synthesize", SynthesizeSettings)
+def synthesize(settings: SynthesizeSettings, as_json: bool) -> None:
+    """Make training data with an LLM: tasks, then for each row a query, a positive and a hard negative, in the families of paper 2.
+
+    Examples are in OUT/data, which finetune takes; what failed a check is in OUT/rejects with its reason. Stopped and asked again, it goes on.
+    """
+    from llmemb_ray.synthesis.job import synthesize as make
+
+    made = make(settings)
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+    if not as_json:
+        next_ = "tasks.jsonl holds the tasks; the same command without --tasks-only goes on" if settings.tasks_only else "data holds the examples"
+        click.echo(f"{settings.out}/{next_}")
+
+
 @llmemb.group()
 def demos() -> None:
     """In-context demonstrations: make candidates, and find out which are best for a model."""
@@ -304,6 +366,25 @@ def demo(directory: str, model: str | None) -> None:
     from llmemb_ray import demo as demonstration
 
     demonstration.run(directory, model)
+
+
+def _opened(settings: RunSettings | VerifySettings | ReportSettings) -> Run | Synthesis:
+    """What stands in RUN. Raises OutputError where it is neither."""
+    from llmemb_ray.shards.run import Run
+    from llmemb_ray.storage import Storage, absolute
+    from llmemb_ray.synthesis import brainstorming
+    from llmemb_ray.synthesis.record import Synthesis
+
+    storage = Storage(absolute(settings.run), settings.access)
+    if found := Synthesis.open(storage):
+        return found
+    try:
+        return Run(storage)
+    except OutputError as error:
+        if storage.exists(brainstorming.ANSWERS) or storage.exists(brainstorming.ACCOUNTS):
+            told = "holds tasks of a synthesis and no example is asked for yet; the same synthesize command, without --tasks-only, goes on"
+            raise OutputError(f"{storage.url} {told}") from error
+        raise
 
 
 def _say(line: str) -> None:

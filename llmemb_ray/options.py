@@ -115,6 +115,16 @@ def gather(settings: type[Settings], given: dict[str, Any]) -> Any:
     return settings.make(values)
 
 
+class Commands(click.RichGroup):
+    """Commands by one word or two: ``plan synthesize`` beside ``plan``, which takes arguments."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        both = " ".join(args[:2])
+        if len(args) > 1 and both in self.commands:
+            return both, self.commands[both], args[2:]
+        return super().resolve_command(ctx, args)
+
+
 def command(group: click.RichGroup, name: str, settings: type[Settings]) -> Callable[[Callable[[Any, bool], None]], Any]:
     """Registers ``function(settings, as_json)`` as a command with the options of ``settings``."""
 

@@ -56,6 +56,12 @@ class SynthesizeSettings(GeneratorSettings):
         None, "Ask no more when so much is spent, in the currency of the prices, with what earlier commands spent.", panel="Cost", gt=0
     )
 
+    @field_validator("languages", mode="before")
+    @classmethod
+    def _norwegian(cls, value: Any) -> Any:
+        """YAML takes the code ``no`` for a boolean."""
+        return {"no" if name is False else name: weight for name, weight in value.items()} if isinstance(value, dict) else value
+
     @field_validator("families", "languages")
     @classmethod
     def _weights(cls, value: dict[str, Any]) -> dict[str, float]:
@@ -72,6 +78,6 @@ class SynthesizeSettings(GeneratorSettings):
             raise ValueError("budget: cannot be reckoned with without price_in and price_out")
         if self.llm is None and self.model_fields_set & {"price_in", "price_out", "budget"}:
             raise ValueError("price_in, price_out and budget: for an endpoint that is paid by token; they do nothing without llm")
-        if self.tasks_per_family == 0 and not self.tasks:
+        if self.tasks_per_family == 0 and not self.tasks and not self.families:  # Those named may need none.
             raise ValueError("tasks_per_family: without brainstorming the tasks must come from --tasks")
         return self

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from llmemb_ray import engines
 from llmemb_ray.embedders import models, vllm_engine
-from llmemb_ray.embedders.vllm_engine import told
+from llmemb_ray.embedders.vllm_engine import Engine, memory_told
 from llmemb_ray.embedders.work import Pooled, Work
-from llmemb_ray.errors import ConfigError, EngineDied, ModelError
+from llmemb_ray.errors import EngineDied, ModelError
 from llmemb_ray.representation.prompts import TokenRows
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ AHEAD = 2
 """Rows handed to the engine before they are done, in multiples of those in one pass: enough that it never waits."""
 
 ADAPTER = "adapter"
+
+LESS_MEMORY = "token_budget lower, or tensor_parallel higher"
 
 
 class VllmBackend:
@@ -46,7 +48,6 @@ class VllmBackend:
         self._spec = spec
         self._warm: set[bytes] = set()
         self._calls = 0
-        self._died: str | None = None
         self._lora: Any = None
         self._vllm = vllm_engine.imported()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmemb-vllm")
@@ -57,28 +58,16 @@ class VllmBackend:
         path = models.fetch(spec.model, spec.access, pickled=spec.allow_pickle)
         models.check_weight_files(path, spec.allow_pickle)
         config = models.load_config(path, trust_remote_code=spec.trust_remote_code)
-        if vllm.device == "cpu" and models.head_size(config) not in engines.VLLM_CPU_HEAD_SIZES:
-            sizes = ", ".join(map(str, engines.VLLM_CPU_HEAD_SIZES))
-            raise ModelError(
-                f"model {spec.model.name}: its attention heads have {models.head_size(config)} dimensions, vLLM has CPU kernels for {sizes}; set backend hf"
-            )
+        vllm_engine.require_heads(vllm, config, spec.model.name, "set backend hf")
         tied = models.check_filled(path, trust_remote_code=spec.trust_remote_code, allow_pickle=spec.allow_pickle) if spec.stored is None else None
         chosen = vllm_engine.arguments(spec, config, vllm.device, prefix=prefix, memory=vllm.memory, weights=models.weight_file_bytes(path))
         chosen["model"] = str(vllm_engine.view(path, spec.model.commit, tied))
         chosen["pooler_config"] = vllm.PoolerConfig(seq_pooling_type={"last": "LAST", "mean": "MEAN"}[spec.representation.pooling], use_activation=False)
         chosen |= self._adapter()
-        try:
-            given = vllm.EngineArgs(**chosen)
-        except TypeError as error:
-            raise ConfigError(f"engine_arg: vLLM {vllm.version} does not take {', '.join(spec.engine_args) or 'these arguments'}: {error}") from error
-        try:
-            self._engine = vllm.engine_of(given)
-            if self._lora is not None:
-                self._engine.add_lora(self._lora)
-        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, TypeError, AssertionError) as error:
-            raise ModelError(f"model {spec.model.name}: vLLM {vllm.version} cannot load it: {told(error)}{_more_memory(error)}") from error
+        add_lora = None if self._lora is None else (lambda engine: engine.add_lora(self._lora))
+        self._engine = Engine(vllm, chosen, given=spec.engine_args, name=spec.model.name, less_memory=LESS_MEMORY, prepare=add_lora)
         self._params = vllm.PoolingParams(task="embed", use_activation=False)
-        scheduler, cache = self._engine.vllm_config.scheduler_config, self._engine.vllm_config.cache_config
+        scheduler, cache = self._engine.config.scheduler_config, self._engine.config.cache_config
         self.token_budget: int = scheduler.max_num_batched_tokens
         """Tokens in one forward pass."""
         self.block_size: int = cache.block_size
@@ -88,7 +77,7 @@ class VllmBackend:
             self._embed(TokenRows.from_lists([[0, 1, 2]]), None, None)
         except EngineDied as error:
             # What fails on any row is no row's fault: a unit is not to be halved for it.
-            raise ModelError(f"model {spec.model.name}: {error}, on the first tokens it was given; set backend hf{_more_memory(error)}") from error
+            raise ModelError(f"model {spec.model.name}: {error}, on the first tokens it was given; set backend hf{memory_told(error, LESS_MEMORY)}") from error
 
     def _adapter(self) -> dict[str, Any]:
         """Arguments for the adapter, if there is one."""
@@ -113,8 +102,7 @@ class VllmBackend:
     def _embed(self, rows: TokenRows, prefix: npt.NDArray[np.int32] | None, on_pack: OnPack | None) -> Pooled:
         import torch
 
-        if self._died:
-            raise EngineDied(self._died)
+        self._engine.require_alive()
         self._calls += 1
         lengths = rows.lengths
         work, failed = Work(), {}
@@ -136,7 +124,7 @@ class VllmBackend:
                 if not under_way:
                     continue
                 finished = tokens = 0
-                for output in self._step():
+                for output in self._engine.step():
                     row = under_way.pop(output.request_id)
                     state = output.outputs.data.float().cpu().numpy()
                     if not state.size:
@@ -152,28 +140,14 @@ class VllmBackend:
                 if finished and on_pack is not None:
                     on_pack(finished, tokens)
         finally:
-            if under_way and not self._died:
-                self._engine.abort_request(list(under_way))  # Of a call that failed: their vectors must not come in the next one.
+            self._engine.abort(list(under_way))  # Of a call that failed.
         if vectors is None:
             vectors = np.zeros((len(rows), self._spec.dimension), np.float32)
         return Pooled(torch.from_numpy(vectors), failed, work)
 
     def _refused(self, request: str, ids: npt.NDArray[np.int32]) -> str | None:
         """Hands a row to the engine; why it does not take it, if it does not."""
-        try:
-            self._engine.add_request(request, self._vllm.tokens_input(ids.tolist()), self._params, lora_request=self._lora)
-        except (self._vllm.ClientError, ValueError) as error:
-            return f"vLLM refuses it: {told(error)}"
-        return None
-
-    def _step(self) -> list[Any]:
-        """One forward pass, or less; the rows that it finished. Raises EngineDied."""
-        try:
-            return [output for output in self._engine.step() if output.finished]
-        except Exception as error:
-            # Whatever the engine raises here leaves its queues and its device in a state that nobody knows.
-            self._died = f"vLLM's engine died: {type(error).__name__}: {told(error)}"
-            raise EngineDied(self._died) from error
+        return self._engine.add(request, ids.tolist(), self._params, lora_request=self._lora)
 
     def _warm_up(self, prefix: npt.NDArray[np.int32]) -> None:
         """Computes the shared prefix once by itself, so that already the first rows find it."""
@@ -181,18 +155,13 @@ class VllmBackend:
         if key in self._warm:
             return
         self._warm.add(key)
-        longest = self._engine.vllm_config.model_config.max_model_len
+        longest = self._engine.config.model_config.max_model_len
         if self._refused(f"{self._calls}:prefix", np.concatenate([prefix, prefix[-1:]])[:longest]) is None:
-            while not self._step():
+            while not self._engine.step():
                 pass
 
     def forget(self) -> None:
         """Drops the keys and values kept of earlier rows and prefixes."""
         self._warm.clear()
-        if not self._thread.submit(self._engine.reset_prefix_cache).result():
+        if not self._thread.submit(self._engine.raw.reset_prefix_cache).result():
             raise EngineDied("vLLM's engine does not let go of its prefix cache")
-
-
-def _more_memory(error: BaseException) -> str:
-    """What helps where memory ran out."""
-    return "; less memory: token_budget lower, or tensor_parallel higher" if "memory" in str(error).lower() else ""

@@ -11,13 +11,14 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmemb_ray import engines
 from llmemb_ray.embedders import capabilities, models
-from llmemb_ray.errors import ConfigError, ModelError
+from llmemb_ray.errors import ConfigError, EngineDied, ModelError
 from llmemb_ray.representation.space import digest
 from llmemb_ray.storage import cache_directory
 
@@ -96,6 +97,77 @@ def imported() -> Vllm:
     except (ImportError, RuntimeError) as error:
         way_out = "; uninstall torchvision, torchaudio and torchcodec, which do not fit this torch" if "torchvision" in str(error) else ""
         raise ModelError(f"backend vllm: vLLM {version} is installed but cannot be imported: {told(error)}{way_out}") from error
+
+
+class Engine:
+    """vLLM's engine with one model. All calls come from one thread, in which it was made.
+
+    chosen: arguments of ``vllm.EngineArgs``; given: those of them that are the user's; name: of the model; less_memory: what helps where memory
+    runs out; prepare: is called with the raw engine before it is of use
+    Raises ConfigError or ModelError where it cannot be started.
+    """
+
+    def __init__(
+        self, vllm: Vllm, chosen: dict[str, Any], *, given: Mapping[str, Any], name: str, less_memory: str, prepare: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._vllm = vllm
+        self.died: str | None = None
+        """Why it is of no use any more."""
+        try:
+            arguments = vllm.EngineArgs(**chosen)
+        except TypeError as error:
+            raise ConfigError(f"engine_arg: vLLM {vllm.version} does not take {', '.join(given) or 'these arguments'}: {error}") from error
+        try:
+            self.raw = vllm.engine_of(arguments)
+            if prepare is not None:
+                prepare(self.raw)
+        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, TypeError, AssertionError) as error:
+            raise ModelError(f"model {name}: vLLM {vllm.version} cannot load it: {told(error)}{memory_told(error, less_memory)}") from error
+
+    @property
+    def config(self) -> Any:
+        """As vLLM has settled it."""
+        return self.raw.vllm_config
+
+    def require_alive(self) -> None:
+        """Raises EngineDied."""
+        if self.died:
+            raise EngineDied(self.died)
+
+    def add(self, request: str, ids: list[int], params: Any, **more: Any) -> str | None:
+        """Hands token ids to the engine; why it does not take them, if it does not."""
+        try:
+            self.raw.add_request(request, self._vllm.tokens_input(ids), params, **more)
+        except (self._vllm.ClientError, ValueError) as error:
+            return f"vLLM refuses it: {told(error)}"
+        return None
+
+    def step(self) -> list[Any]:
+        """One forward pass, or less; the outputs of what it finished. Raises EngineDied."""
+        try:
+            return [output for output in self.raw.step() if output.finished]
+        except Exception as error:
+            # Whatever the engine raises here leaves its queues and its device in a state that nobody knows.
+            self.died = f"vLLM's engine died: {type(error).__name__}: {told(error)}"
+            raise EngineDied(self.died) from error
+
+    def abort(self, requests: list[str]) -> None:
+        """Gives up what is under way: what comes of it must not come in the next call."""
+        if requests and not self.died:
+            self.raw.abort_request(requests)
+
+
+def require_heads(vllm: Vllm, config: Any, name: str, way_out: str) -> None:
+    """Raises ModelError where vLLM has no kernel for the heads of the model; it would tell this in words of its own."""
+    size = models.head_size(config)
+    if vllm.device == "cpu" and size not in engines.VLLM_CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, engines.VLLM_CPU_HEAD_SIZES))
+        raise ModelError(f"model {name}: its attention heads have {size} dimensions, vLLM has CPU kernels for {sizes}; {way_out}")
+
+
+def memory_told(error: BaseException, less_memory: str) -> str:
+    """What helps where memory ran out, to append to an error's words."""
+    return f"; less memory: {less_memory}" if "memory" in str(error).lower() else ""
 
 
 def arguments(spec: EmbedderSpec, config: Any, device: Device, *, prefix: int, memory: int | None, weights: int) -> dict[str, Any]:

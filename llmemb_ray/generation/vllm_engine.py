@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 from llmemb_ray import engines
 from llmemb_ray.embedders import models, vllm_engine
-from llmemb_ray.embedders.vllm_engine import Device, told
-from llmemb_ray.errors import ConfigError, EngineDied, ModelError
+from llmemb_ray.embedders.vllm_engine import Device, Engine
 from llmemb_ray.generation.generator import Answer, Prompt
 from llmemb_ray.generation.tokens import ModelSpec, PromptTokens
 
@@ -31,6 +30,8 @@ CPU_LONGEST = 4096
 
 CPU_ROWS = 32
 """Prompts in one forward pass on a CPU."""
+
+LESS_MEMORY = "engine_arg max_model_len lower, or tensor_parallel higher"
 
 Row = tuple[int, Prompt, list[int]]
 """Number of the prompt, the prompt, its token ids."""
@@ -60,7 +61,6 @@ class VllmGenerator:
     def __init__(self, spec: VllmSpec) -> None:
         self.spec = spec
         self._calls = 0
-        self._died: str | None = None
         self._schemas: Any = None
         self._vllm = vllm_engine.imported()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmemb-vllm")
@@ -80,25 +80,12 @@ class VllmGenerator:
         models.check_weight_files(path, spec.allow_pickle)
         config = models.load_config(path, trust_remote_code=spec.trust_remote_code)
         text_config = getattr(config, "text_config", config)
-        if vllm.device == "cpu" and models.head_size(text_config) not in engines.VLLM_CPU_HEAD_SIZES:
-            sizes = ", ".join(map(str, engines.VLLM_CPU_HEAD_SIZES))
-            raise ModelError(
-                f"model {spec.source.name}: its attention heads have {models.head_size(text_config)} dimensions, vLLM has CPU kernels for {sizes}; "
-                "set engine transformers"
-            )
+        vllm_engine.require_heads(vllm, text_config, spec.source.name, "set engine transformers")
         self._tokens = PromptTokens(path, spec, config)
         chosen = arguments(spec, text_config, vllm.device, self._tokens.positions)
         chosen["model"] = str(vllm_engine.view(path, spec.source.commit, None))
-        try:
-            given = vllm.EngineArgs(**chosen)
-        except TypeError as error:
-            raise ConfigError(f"engine_arg: vLLM {vllm.version} does not take {', '.join(spec.engine_args) or 'these arguments'}: {error}") from error
-        try:
-            self._engine = vllm.engine_of(given)
-        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, TypeError, AssertionError) as error:
-            less = "; less memory: engine_arg max_model_len lower, or tensor_parallel higher" if "memory" in str(error).lower() else ""
-            raise ModelError(f"model {spec.source.name}: vLLM {vllm.version} cannot load it: {told(error)}{less}") from error
-        settled = self._engine.vllm_config
+        self._engine = Engine(vllm, chosen, given=spec.engine_args, name=spec.source.name, less_memory=LESS_MEMORY)
+        settled = self._engine.config
         self._tokens.positions = int(settled.model_config.max_model_len)
         self._ahead = AHEAD * int(settled.scheduler_config.max_num_seqs)
 
@@ -106,8 +93,7 @@ class VllmGenerator:
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
         """See Generator. Raises EngineDied, and ConfigError for a schema that cannot be enforced; leaving the iteration ends what is under way."""
-        if self._died:
-            raise EngineDied(self._died)
+        self._engine.require_alive()
         self._calls += 1
         numbered = enumerate(prompts)
         under_way: dict[str, Row] = {}
@@ -124,29 +110,25 @@ class VllmGenerator:
                         under_way[f"{self._calls}:{number}"] = (number, prompt, ids)
                 if not under_way:
                     return
-                for output in self._thread.submit(self._step).result():
+                for output in self._thread.submit(self._engine.step).result():
                     number, prompt, ids = under_way.pop(output.request_id)
                     yield number, self._answer(prompt, ids, output.outputs[0])
         finally:
-            if under_way and not self._died:
-                self._thread.submit(self._engine.abort_request, list(under_way)).result()  # Their tokens must not come in the next call.
+            self._thread.submit(self._engine.abort, list(under_way)).result()
 
     def _check(self, schema: Mapping[str, Any]) -> None:
         """Raises ConfigError for a schema that cannot be enforced, of which vLLM would tell prompt by prompt, or not at all."""
         from llmemb_ray.generation.sampling import Schemas
 
         if self._schemas is None:
-            vocabulary = int(self._engine.vllm_config.model_config.get_vocab_size())
+            vocabulary = int(self._engine.config.model_config.get_vocab_size())
             self._schemas = Schemas(self._tokens.tokenizer, sorted(self._tokens.ends), vocabulary, self.spec.structured)
         self._schemas.grammar(schema)
 
     def _add(self, request: str, prompt: Prompt, ids: list[int]) -> Answer | None:
         """Hands a prompt to the engine; the answer of one that it does not take."""
-        try:
-            self._engine.add_request(request, self._vllm.tokens_input(ids), self._params(prompt))
-        except (self._vllm.ClientError, ValueError) as error:
-            return Answer(problem=f"vLLM refuses it: {told(error)}")
-        return None
+        refused = self._engine.add(request, ids, self._params(prompt))
+        return None if refused is None else Answer(problem=refused)
 
     def _params(self, prompt: Prompt) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -171,15 +153,6 @@ class VllmGenerator:
         if completion.finish_reason not in ("stop", "length"):
             return Answer(problem=f"vLLM ended it with {completion.finish_reason}", passing=completion.finish_reason == "abort", prompt_tokens=len(ids))
         return self._tokens.answer(ids, prompt, list(completion.token_ids))
-
-    def _step(self) -> list[Any]:
-        """One forward pass, or less; the prompts that it finished. Raises EngineDied."""
-        try:
-            return [output for output in self._engine.step() if output.finished]
-        except Exception as error:
-            # Whatever the engine raises here leaves its queues and its device in a state that nobody knows.
-            self._died = f"vLLM's engine died: {type(error).__name__}: {told(error)}"
-            raise EngineDied(self._died) from error
 
 
 def arguments(spec: VllmSpec, config: Any, device: Device, positions: int | None) -> dict[str, Any]:

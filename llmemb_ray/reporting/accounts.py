@@ -156,12 +156,28 @@ def made_tokens(commit: Commit) -> int:
     return commit.tokens - commit.tokens_copied
 
 
+@dataclass(frozen=True, kw_only=True)
+class Worked:
+    """A unit done, as its rates need it. finished: Unix time; seconds: that it took; tokens and rows: that it did."""
+
+    host: str
+    finished: float
+    seconds: float
+    tokens: int
+    rows: int
+
+
 def throughput(commits: list[Commit]) -> Throughput | None:
+    """The rates of a run, of the tokens and rows that the model embedded; None where no unit is done."""
+    return rates([Worked(host=c.host, finished=c.finished, seconds=c.seconds_model + c.seconds_write, tokens=made_tokens(c), rows=c.embedded) for c in commits])
+
+
+def rates(units: list[Worked]) -> Throughput | None:
     """Each unit's work spread evenly over the time it took; None where no unit is done."""
-    if not commits:
+    if not units:
         return None
-    ends_C = np.array([commit.finished for commit in commits])
-    starts_C = ends_C - np.maximum([commit.seconds_model + commit.seconds_write for commit in commits], 1e-3)
+    ends_C = np.array([unit.finished for unit in units])
+    starts_C = ends_C - np.maximum([unit.seconds for unit in units], 1e-3)
     gaps = _pauses(starts_C, ends_C)
     before = np.cumsum([0.0, *(end - start for start, end in gaps)])
     gap_ends = np.array([end for _, end in gaps])
@@ -182,10 +198,10 @@ def throughput(commits: list[Commit]) -> Throughput | None:
         total = np.array([float((amounts_C[chosen] * np.clip((edge - begun_C[chosen]) / spent[chosen], 0, 1)).sum()) for edge in edges])
         return [round(value, 3) for value in (np.diff(total) / width).tolist()]
 
-    hosts_C = np.array([commit.host for commit in commits])
+    hosts_C = np.array([unit.host for unit in units])
     hosts = np.unique(hosts_C).tolist()
-    everywhere = np.ones(len(commits), np.bool_)
-    tokens = [made_tokens(commit) for commit in commits]
+    everywhere = np.ones(len(units), np.bool_)
+    tokens = [unit.tokens for unit in units]
     by_host = {host: hosts_C == host for host in hosts} if len(hosts) <= HOSTS_DRAWN else {"": everywhere}
     middles = (edges[:-1] + edges[1:]) / 2
     gap_places = worked(np.array([start for start, _ in gaps])) if gaps else np.zeros(0)
@@ -194,7 +210,7 @@ def throughput(commits: list[Commit]) -> Throughput | None:
         seconds=middles.tolist(),
         clock=(origin + middles + before[np.searchsorted(gap_places, middles, side="right")]).tolist(),
         tokens_per_s={host: rate(tokens, which) for host, which in by_host.items()},
-        rows_per_s=rate([commit.embedded for commit in commits], everywhere),
+        rows_per_s=rate([unit.rows for unit in units], everywhere),
         pauses=gap_places.tolist(),
         paused_seconds=float(before[-1]),
     )

@@ -28,7 +28,7 @@ def charts(facts: Facts) -> dict[str, str]:
     """Figures in JSON by the id of the element that they are drawn in; those that have data."""
     drawn: dict[str, Any] = {}
     if facts.throughput:
-        drawn["chart-throughput"] = _throughput(facts.throughput)
+        drawn["chart-throughput"] = throughput(facts.throughput)
     if facts.lengths:
         drawn["chart-lengths"] = _lengths(facts)
     if facts.accounts["tokens_computed"] or facts.accounts["tokens_copied"]:
@@ -42,7 +42,8 @@ def charts(facts: Facts) -> dict[str, str]:
     return as_json(drawn)
 
 
-def _throughput(rates: Throughput) -> Any:
+def throughput(rates: Throughput, rows: str = "rows") -> Any:
+    """Tokens a second by host, and ``rows`` a second, over the time of work."""
     from datetime import UTC, datetime
 
     largest = rates.seconds[-1]
@@ -57,16 +58,16 @@ def _throughput(rates: Throughput) -> Any:
         hovermode="x",
         xaxis={"title": {"text": f"{unit} of work"}, "anchor": "y2", "rangemode": "tozero"},
         yaxis={"title": {"text": "tokens/s"}, "domain": [0.48, 1], "rangemode": "tozero", "automargin": True},
-        yaxis2={"title": {"text": "rows/s"}, "domain": [0, 0.38], "rangemode": "tozero", "automargin": True, "anchor": "x"},
+        yaxis2={"title": {"text": f"{rows}/s"}, "domain": [0, 0.38], "rangemode": "tozero", "automargin": True, "anchor": "x"},
     )
     for host, values in rates.tokens_per_s.items():
         name = plain(host or "all hosts")
         hover = "%{customdata}<br>%{y:,.0f} tokens/s<extra>" + name + "</extra>"
         made.add_scatter(x=x, y=[*values, values[-1]], customdata=clock, name=name, mode="lines", line={"shape": "hv"}, stackgroup="hosts", hovertemplate=hover)
-    rows_hover = "%{customdata}<br>%{y:,.0f} rows/s<extra></extra>"
-    rows = [*rates.rows_per_s, rates.rows_per_s[-1]]
+    rows_hover = "%{customdata}<br>%{y:,.3~r} " + rows + "/s<extra></extra>"
+    values = [*rates.rows_per_s, rates.rows_per_s[-1]]
     line = {"shape": "hv", "color": COLOURS[2]}
-    made.add_scatter(x=x, y=rows, customdata=clock, yaxis="y2", mode="lines", fill="tozeroy", line=line, showlegend=False, hovertemplate=rows_hover)
+    made.add_scatter(x=x, y=values, customdata=clock, yaxis="y2", mode="lines", fill="tozeroy", line=line, showlegend=False, hovertemplate=rows_hover)
     for place in rates.pauses:
         made.add_vline(x=place / size, line={"dash": "dot", "width": 1, "color": COLOURS[3]})
     return made

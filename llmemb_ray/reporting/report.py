@@ -16,10 +16,16 @@ def report(settings: ReportSettings) -> Facts:
     from llmemb_ray.reporting.page import render
 
     run = Run(Storage(absolute(settings.run), settings.access))
+    place, name = target(settings)
+    facts = collect(run, sample_size=settings.sample, with_text=not settings.no_text)
+    place.put(name, render(facts).encode())
+    return facts
+
+
+def target(settings: ReportSettings) -> tuple[Storage, str]:
+    """Where the page goes: (directory, name). Raises ConfigError where that is a directory."""
     parent, name = posixpath.split(absolute(settings.out))
     place = Storage(parent or "/", settings.access)
     if not name or settings.out.endswith("/") or place.is_directory(name):
         raise ConfigError(f"out: {settings.out} is a directory; name a file in it, such as {posixpath.join(settings.out, 'report.html')}")
-    facts = collect(run, sample_size=settings.sample, with_text=not settings.no_text)
-    place.put(name, render(facts).encode())
-    return facts
+    return place, name

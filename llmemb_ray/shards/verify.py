@@ -10,12 +10,11 @@ Invariant: nothing proportional to the rows is held in memory; ids are told apar
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +24,18 @@ from llmemb_ray import parquet
 from llmemb_ray.corpus import files as corpus_files
 from llmemb_ray.corpus.columns import column, id_values
 from llmemb_ray.corpus.reading import read_units
-from llmemb_ray.errors import CheckFailed, LlmembError, NotFound, OutputError, RunFailed
+from llmemb_ray.errors import LlmembError, NotFound, OutputError, RunFailed
+from llmemb_ray.shards import findings as generic
 from llmemb_ray.shards import schema
 from llmemb_ray.shards.commits import Commit
+from llmemb_ray.shards.findings import Checked, Level
 from llmemb_ray.shards.partitions import Partitions, id_digests, sortable
 from llmemb_ray.shards.receipt import make_receipt, reconcile
-from llmemb_ray.shards.run import DATA, REJECTS, Run
+from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.schema import CHUNK_COLUMNS
 from llmemb_ray.storage import redact
 
-Level = Literal["quick", "sample", "full"]
-
-SAMPLE_SHARE, SAMPLE_LEAST = 0.05, 20
-"""Units looked into by ``sample``, evenly spaced over the run."""
+__all__ = ["NORM_TOLERANCE", "Findings", "Level", "verify"]
 
 NORM_TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
 """How far the norm of a normalised vector may be from 1 in each precision written."""
@@ -45,44 +43,22 @@ NORM_TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
 NOT_FROM_COMMITS = {"seconds_wall", "versions", "version_changes", "finished", "reuse"}
 """Fields of a receipt that tell of the driver that wrote it; all others follow from plan and commits."""
 
-PROBLEMS_KEPT = 100
-
 
 @dataclass
-class Findings:
+class Findings(Checked):
     """What ``verify`` found. ``problems`` is empty for a sound run."""
 
-    run: str
-    level: Level
-    units: int = 0
-    units_read: int = 0
     rows_embedded: int = 0
     rows_rejected: int = 0
     duplicate_ids: int | None = None
     """Ids that stand in more than one row; None where they were not counted."""
     against_rows: int | None = None
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    problem_count: int = 0
 
-    def problem(self, text: str) -> None:
-        self.problem_count += 1
-        if len(self.problems) < PROBLEMS_KEPT:
-            self.problems.append(text)
-
-    @property
-    def sound(self) -> bool:
-        return self.problem_count == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"sound": self.sound}
-
-    def require(self) -> None:
-        """Raises CheckFailed with what was found, if anything."""
-        if not self.sound:
-            shown = "\n".join(f"  {problem}" for problem in self.problems[:20])
-            more = f"\n  … and {self.problem_count - 20} more" if self.problem_count > 20 else ""
-            raise CheckFailed(f"{self.run} is not sound, {self.problem_count} problems:\n{shown}{more}")
+    def summary(self) -> str:
+        ids = "" if self.duplicate_ids is None else ", ids unique" if self.duplicate_ids == 0 else ""
+        corpus = "" if self.against_rows is None else f", {self.against_rows:,} rows of the corpus all found"
+        counts = f"{self.units:,} units, {self.rows_embedded:,} rows embedded, {self.rows_rejected:,} rejected"
+        return f"sound: {counts}; checked {self.looked_into}{ids}{corpus}"
 
 
 def verify(run: Run, *, level: Level = "full", against: list[str] | None = None, allow_duplicate_ids: bool = False) -> Findings:
@@ -97,12 +73,12 @@ def verify(run: Run, *, level: Level = "full", against: list[str] | None = None,
     findings.rows_embedded = sum(commit.embedded for commit in commits)
     findings.rows_rejected = sum(commit.rejected for commit in commits)
     _accounts(run, commits, findings)
-    _files(run, commits, findings)
+    generic.files(run.storage, commits, findings, finished=run.receipt is not None)
     if level != "quick":
         with tempfile.TemporaryDirectory(prefix="llmemb-verify-") as scratch:
             ids = Partitions(Path(scratch)) if level == "full" and run.plan.selection.id else None
             units = {unit.name: unit for unit in run.plan.units()}
-            for commit in _chosen(commits, level):
+            for commit in generic.chosen(commits, level):
                 unit = units.get(commit.unit)
                 if unit is None or (unit.file, unit.start, unit.rows) != (commit.file, commit.start, commit.rows):
                     findings.problem(f"commit {commit.unit} is for {commit.rows} rows of file {commit.file} from row {commit.start}: the plan has no such unit")
@@ -145,41 +121,6 @@ def _accounts(run: Run, commits: list[Commit], findings: Findings) -> None:
         findings.notes.append(f"left out: {url} {problem}")
 
 
-def _files(run: Run, commits: list[Commit], findings: Findings) -> None:
-    sizes = {entry.path: entry.size for directory in (DATA, REJECTS) for entry in run.storage.list(directory)}
-    named = {path: size for c in commits for path, size in ((c.shard, c.shard_bytes), (c.rejects, c.rejects_bytes)) if path}
-    for path, size in named.items():
-        if path not in sizes:
-            findings.problem(f"{path} is named by a commit but is not there")
-        elif sizes[path] != size:
-            findings.problem(f"{path} has {sizes[path]} bytes, its commit says {size}")
-    if run.receipt is not None:
-        for path in sorted(set(sizes) - set(named)):
-            findings.problem(f"{path} is named by no commit")
-
-
-def _chosen(commits: list[Commit], level: Level) -> list[Commit]:
-    if level == "full":
-        return commits
-    count = min(len(commits), max(SAMPLE_LEAST, int(len(commits) * SAMPLE_SHARE)))
-    return [commits[int(place)] for place in np.linspace(0, len(commits) - 1, count)] if commits else []
-
-
-def _table(run: Run, path: str, sha256: str, findings: Findings) -> pa.Table | None:
-    try:
-        data = run.storage.read(path)
-    except NotFound:
-        return None  # Already a finding of ``_files``.
-    if hashlib.sha256(data).hexdigest() != sha256:
-        findings.problem(f"{path} does not have the checksum of its commit: its content changed")
-        return None
-    try:
-        return parquet.read(data)
-    except (pa.ArrowInvalid, OSError) as error:
-        findings.problem(f"{path} cannot be read: {error}")
-        return None
-
-
 def _unit(run: Run, commit: Commit, findings: Findings, ids: Partitions | None) -> None:
     seen = np.zeros(commit.rows, np.int8)
     for path, sha256, count in ((commit.shard, commit.shard_sha256, commit.vectors), (commit.rejects, commit.rejects_sha256, commit.rejected)):
@@ -187,7 +128,7 @@ def _unit(run: Run, commit: Commit, findings: Findings, ids: Partitions | None) 
             if count:
                 findings.problem(f"commit {commit.unit} counts {count} rows but names no file for them")
             continue
-        table = _table(run, path, sha256, findings)
+        table = generic.table(run.storage, path, sha256, findings)
         if table is None:
             return
         lacking = [name for name in _columns(run, rejects=path == commit.rejects) if name not in table.column_names]

@@ -106,6 +106,8 @@ def standing(output: Storage, identities: Sequence[dict[str, Any]]) -> Pool | No
         if output.exists(PATH):
             raise ConfigError(f"{output.display(PATH)} is from no brainstorming here; move it away and name it with --tasks")
         return None
+    if not output.exists(PATH):
+        return None
     pool = Pool(tasks.read_file(f"{output.url}/{PATH}", output.access))
     if made.made_of in identities:
         return pool
@@ -151,8 +153,9 @@ def fill(brief: Brief, output: Storage, generator: str, ask: Ask, *, schema: dic
     made = Brainstorming(
         made_of=made_of, digest=pool.digest, calls=sum(came.values()), answers=dict(came), tasks=by_family, prompt_tokens=tokens[0], completion_tokens=tokens[1]
     )
-    output.put(PATH, pool.to_lines())
+    output.delete([PATH])  # Stopped from here on, the pool is made anew of the answers that are kept, and never taken for one that was edited.
     output.put(ACCOUNTS, json.dumps(made.to_dict(), indent=1, ensure_ascii=False).encode())
+    output.put(PATH, pool.to_lines())
     return pool
 
 

@@ -1,8 +1,9 @@
 """Examples that stand in a run twice: found when all units are done, the first by row stays, the others become rejects.
 
 Invariant: what is kept follows from the examples and their rows, whoever made them in whatever order, and from nothing that a stopped
-pass left behind: what it moved already was no first. Exact: query, positive and negative are the same strings (paper 2, section 3.1);
-digests lie on the local disk, 24 bytes each. Near: MinHash signatures of words in memory, about a kilobyte an example.
+pass left behind: what it moved already was no first, and what equals a near duplicate is told so after that was moved too.
+Exact: query, positive and negative are the same strings (paper 2, section 3.1); digests lie on the local disk, 24 bytes each.
+Near: MinHash signatures of words in memory, about a kilobyte an example.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmemb_ray import parquet
 from llmemb_ray.shards.partitions import Partitions, sortable
@@ -46,7 +48,10 @@ def find(output: Storage, commits: Sequence[Made], *, near: float | None) -> dic
     with tempfile.TemporaryDirectory(prefix="llmemb-duplicates-") as directory:
         partitions = Partitions(Path(directory))
         for table in _shards(output, commits):
-            partitions.add(_digests(table), table["row"].to_numpy())
+            partitions.add(_digests(zip(*(table[name].to_pylist() for name in TEXTS), strict=True)), table["row"].to_numpy())
+        for rejects in _moved(output, commits):
+            made = [json.loads(raw) for raw in rejects["raw"].to_pylist()]
+            partitions.add(_digests(tuple(one[name] for name in TEXTS) for one in made), rejects["row"].to_numpy())
         for digests, rows in partitions:
             order = np.lexsort((rows, *(sortable(digests)[name] for name in ("low", "high"))))
             ordered, rows = sortable(digests)[order], rows[order]
@@ -72,6 +77,8 @@ def _without(output: Storage, run_key: str, commit: Made, found: dict[int, tuple
     assert commit.shard is not None
     table = parquet.read(output.read(commit.shard))
     out = np.isin(table["row"].to_numpy(), rows)
+    if not out.any():
+        return commit  # All of them were moved by an earlier pass.
     moved = [_reject(row, *found[row["row"]]) for row in table.filter(pa.array(out)).to_pylist()]
     kept = table.filter(pa.array(~out))
     before = [parquet.read(output.read(commit.rejects))] if commit.rejects else []
@@ -112,8 +119,15 @@ def _shards(output: Storage, commits: Sequence[Made]) -> Iterator[pa.Table]:
             yield parquet.read(output.read(commit.shard), ["row", *TEXTS])
 
 
-def _digests(table: pa.Table) -> npt.NDArray[Any]:
-    texts = zip(*(table[name].to_pylist() for name in TEXTS), strict=True)
+def _moved(output: Storage, commits: Sequence[Made]) -> Iterator[pa.Table]:
+    """Near duplicates that an earlier pass found."""
+    for commit in commits:
+        if commit.rejects is not None and commit.reasons.get(NEAR):
+            table = parquet.read(output.read(commit.rejects), ["row", "raw", "reason"])
+            yield table.filter(pc.equal(table["reason"], NEAR))
+
+
+def _digests(texts: Iterable[tuple[str | None, ...]]) -> npt.NDArray[Any]:
     made = [hashlib.blake2b(json.dumps(one, ensure_ascii=False).encode(errors="surrogatepass"), digest_size=16).digest() for one in texts]
     return np.frombuffer(b"".join(made), "V16")
 

@@ -7,14 +7,15 @@ under way at once, and each answer is kept until its unit is committed, so that 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from collections.abc import Generator as Generating
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
 from llmemb_ray.generation.answers import Answers
 from llmemb_ray.generation.generator import Answer, Generator, Prompt
-from llmemb_ray.storage import Storage
+from llmemb_ray.storage import Storage, is_temporary
 from llmemb_ray.synthesis.commits import Made
 from llmemb_ray.synthesis.drawing import Request
 from llmemb_ray.synthesis.spending import Spending
@@ -37,8 +38,8 @@ class Execution(Protocol):
     def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
         """(number of the prompt, answer), in any order: of the brainstorming."""
 
-    def run(self, work: Work, units: Iterable[Unit]) -> Iterator[Outcome]:
-        """What became of each unit."""
+    def run(self, work: Work, units: Iterable[Unit]) -> Generating[Outcome, None, None]:
+        """What became of each unit; closed, it asks no more."""
 
     def live(self) -> tuple[int, int, int]:
         """(requests answered, tokens, generators at work) by this command."""
@@ -53,6 +54,14 @@ class _Open:
     kept: Answers
     answers: dict[int, Answer]
     began: float
+    unanswered: int = 0
+    problem: str = ""
+    """Of the last request that nobody answered."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it is under way or to be asked."""
+        return len(self.answers) + self.unanswered == self.unit.rows
 
 
 class InProcess:
@@ -65,11 +74,11 @@ class InProcess:
     def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
         numbered = self._spending.within(prompts)
         for number, answer in self._generator.generate(numbered):
-            self._count(answer)
+            self._tokens += answer.prompt_tokens + answer.completion_tokens
             self._spending.add(answer)
             yield number, answer
 
-    def run(self, work: Work, units: Iterable[Unit]) -> Iterator[Outcome]:
+    def run(self, work: Work, units: Iterable[Unit]) -> Generating[Outcome, None, None]:
         """A unit with a request that nobody answered has no commit; its other answers are kept."""
         asked: dict[int, tuple[_Open, int]] = {}
         ready: list[_Open] = []
@@ -89,52 +98,55 @@ class InProcess:
                         number += 1
                         yield work.prompt(request)
 
-        unanswered: dict[str, str] = {}
         try:
             for number, answer in self._generator.generate(self._spending.within(prompts())):
                 one, row = asked.pop(number)
-                self._count(answer)
+                self._tokens += answer.prompt_tokens + answer.completion_tokens
                 self._spending.add(answer)
                 if answer.passing:
-                    unanswered[one.unit.name] = f"request {row}: {answer.problem}"
-                    continue
-                one.kept.add(work.generator, str(row), answer)
-                one.answers[row] = answer
-                if len(one.answers) == one.unit.rows:
+                    one.unanswered += 1
+                    one.problem = f"request {row}: {answer.problem}"
+                else:
+                    self._rows += 1
+                    one.kept.add(work.generator, str(row), answer)
+                    one.answers[row] = answer
+                if one.ended:
                     ready.append(one)
                 while ready:
-                    yield self._commit(work, opened.pop(ready.pop().unit.name))
+                    yield self._end(work, opened.pop(ready.pop().unit.name))
             while ready:
-                yield self._commit(work, opened.pop(ready.pop().unit.name))
+                yield self._end(work, opened.pop(ready.pop().unit.name))
+            yield from (Outcome(name, None, one.problem) for name, one in opened.items() if one.unanswered)
         finally:
-            for one in opened.values():
+            for one in list(opened.values()):
                 one.kept.close()
-        yield from (Outcome(name, None, unanswered[name]) for name in opened if name in unanswered)
 
     def _open(self, work: Work, unit: Unit) -> _Open:
         kept = Answers(f"{work.output.url}/{ANSWERS}/{unit.name}.jsonl", work.output.access)
         requests = work.requests(unit)
         found = {request.row: kept.get(work.generator, str(request.row)) for request in requests}
-        return _Open(unit, requests, kept, {row: answer for row, answer in found.items() if answer is not None}, time.time())
+        answers = {row: answer for row, answer in found.items() if answer is not None}
+        self._rows += len(answers)
+        return _Open(unit, requests, kept, answers, time.time())
 
-    def _commit(self, work: Work, one: _Open) -> Outcome:
+    def _end(self, work: Work, one: _Open) -> Outcome:
         one.kept.close()
+        if one.unanswered:
+            return Outcome(one.unit.name, None, one.problem)
         made = write(work, one.unit, one.requests, [one.answers[request.row] for request in one.requests], began=one.began)
         work.output.delete([f"{ANSWERS}/{one.unit.name}.jsonl"])
         return Outcome(one.unit.name, made)
-
-    def _count(self, answer: Answer) -> None:
-        self._rows += not answer.passing
-        self._tokens += answer.prompt_tokens + answer.completion_tokens
 
     def live(self) -> tuple[int, int, int]:
         return self._rows, self._tokens, 1
 
 
-def kept_tokens(output: Storage) -> tuple[int, int]:
-    """(prompt tokens, tokens of answers) of the answers that are kept for units without a commit."""
+def kept_tokens(output: Storage, committed: Container[str]) -> tuple[int, int]:
+    """(prompt tokens, tokens of answers) of the answers that are kept for units without a commit. committed: names of the others."""
     total = [0, 0]
     for entry in output.list(ANSWERS):
+        if is_temporary(entry.path) or entry.path.removeprefix(f"{ANSWERS}/").removesuffix(".jsonl") in committed:
+            continue
         with closing(Answers(f"{output.url}/{entry.path}", output.access)) as kept:
             for answer in kept.all():
                 total[0] += answer.prompt_tokens

@@ -6,11 +6,13 @@ that ended so many actors fails alone. Brainstorming goes in rounds, each of whi
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator as Generating
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +34,9 @@ from llmemb_ray.synthesis.execution import Outcome
 from llmemb_ray.synthesis.units import Unit, Work, write
 
 logger = logging.getLogger(__name__)
+
+WINDOW_UNITS = 10_000
+"""Units in one execution of Ray Data, whose driver grows by about 25 kB for each. Models are loaded anew for the next."""
 
 
 class Synthesize:
@@ -116,11 +121,13 @@ class OnRay:
         self._brainstorming = self._brainstorming or ActorGenerator(self._spec, self._shape, attempts=self._attempts)
         yield from self._brainstorming.generate(prompts)
 
-    def run(self, work: Work, units: Iterable[Unit]) -> Iterator[Outcome]:
+    def run(self, work: Work, units: Iterable[Unit]) -> Generating[Outcome, None, None]:
         self.close()  # The GPUs of the brainstorming are needed.
-        waiting = list(units)
-        if not waiting:
-            return
+        rest = iter(units)
+        while window := list(itertools.islice(rest, WINDOW_UNITS)):
+            yield from self._run(work, window)
+
+    def _run(self, work: Work, waiting: Sequence[Unit]) -> Iterator[Outcome]:
         context = DataContext.get_current()
         context.target_max_block_size = 1
         context.enable_progress_bars = False

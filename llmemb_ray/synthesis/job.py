@@ -6,7 +6,6 @@ continues it. A finished run is left alone; one that is asked for more goes on w
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -25,7 +24,6 @@ from llmemb_ray.pipeline import planning
 from llmemb_ray.pipeline.progress import Counts, Reporter
 from llmemb_ray.representation.space import digest
 from llmemb_ray.shards import lease
-from llmemb_ray.shards.plan import RECORD as EMBEDDING_PLAN
 from llmemb_ray.storage import Storage, absolute, is_temporary
 from llmemb_ray.synthesis import brainstorming, duplicates, execution, languages, tasks
 from llmemb_ray.synthesis.brainstorming import Brainstorming, Brief
@@ -35,21 +33,16 @@ from llmemb_ray.synthesis.execution import Execution, InProcess
 from llmemb_ray.synthesis.families import FAMILIES, WEIGHTS
 from llmemb_ray.synthesis.prompts import Prompts
 from llmemb_ray.synthesis.receipt import Receipt, reconcile, sums
-from llmemb_ray.synthesis.record import PATH, Record
+from llmemb_ray.synthesis.record import OWN, PATH, WRITTEN, Record, remove, require_free
 from llmemb_ray.synthesis.spending import Spending
-from llmemb_ray.synthesis.tasks import Pool
+from llmemb_ray.synthesis.tasks import Pool, Task
 from llmemb_ray.synthesis.units import DATA, REJECTS, Work
 from llmemb_ray.written import command_line, given_settings
-
-OWN = "_llmemb"
 
 FAILURES_SHOWN = 5
 
 NO_ARRAYS = "api.openai.com"
 """Takes no JSON schema whose root is an array, as that of the tasks is: there they are asked for by the prompt alone."""
-
-_NAMED = re.compile(r"(data|rejects)/\d{12}-[0-9a-f]{12}\.parquet")
-"""What a synthesis wrote; other files are never removed."""
 
 
 def synthesize(settings: SynthesizeSettings, *, quiet: bool = False) -> Receipt | Brainstorming:
@@ -61,7 +54,7 @@ def synthesize(settings: SynthesizeSettings, *, quiet: bool = False) -> Receipt 
     settings = settings.model_copy(update={"out": settings.out.rstrip("/")})
     with Reporter(Counts(), quiet=quiet) as reporter:
         output = Storage(absolute(settings.out), settings.access)
-        _require_free(output)
+        require_free(output)
         asked = Asked.of(settings)
         with lease.LeaseHolder(output, reporter.snapshot, waiting=reporter.say) as held:
             return _Job(settings, asked, output, reporter, held).run()
@@ -99,11 +92,16 @@ class Asked:
             "keep_raw": settings.keep_raw,
             "unit_rows": settings.unit_rows,
         }
+        brief = Brief(families=needing, given=given, each=settings.tasks_per_family, seed=settings.seed, prompts=prompts)
+        spoken = settings.languages or dict(languages.SHARES)
+        to_come = tuple(Task(family=family, task=family, source="") for family in needing) if brief.each else ()
+        # What cannot be drawn from is refused before tasks are paid for.
+        Draw(seed=settings.seed, families=weights, languages=spoken, pool=Pool((*given, *to_come)), prompts=prompts, generator_name="")
         specs = None if settings.model is None else opening.specs_of(settings)
         return cls(
-            brief=Brief(families=needing, given=given, each=settings.tasks_per_family, seed=settings.seed, prompts=prompts),
+            brief=brief,
             families=weights,
-            languages=settings.languages or dict(languages.SHARES),
+            languages=spoken,
             checks=checks,
             contaminated=contaminated,
             specs=specs,
@@ -125,7 +123,7 @@ class _Job:
 
     def run(self) -> Receipt | Brainstorming:
         if self._settings.overwrite:
-            self._remove_all()
+            remove(self._output)
         record = Record.load(self._output)
         pool = brainstorming.standing(self._output, [self._asked.brief.identity(name) for name in self._asked.names])
         if pool is not None and (done := self._done(record, pool)):
@@ -141,6 +139,8 @@ class _Job:
                 record = self._new_record(identity)
             record.require(identity, self._output.url)
             record = record.up_to(self._settings.count)
+            if record.count > self._settings.count:
+                self._reporter.say(f"note: {record.count:,} examples were asked for before; all of them are made")
             record.save(self._output)
             self._generate(execution, record, pool)
         return self._finish(record)
@@ -148,8 +148,9 @@ class _Job:
     @cached_property
     def _spending(self) -> Spending:
         """Of all commands on this output."""
-        before = [brainstorming.kept_tokens(self._output), execution.kept_tokens(self._output)]
-        before += [(commit.prompt_tokens, commit.completion_tokens) for commit in RECORDS.read_all(self._output)]
+        commits = RECORDS.read_all(self._output)
+        before = [brainstorming.kept_tokens(self._output), execution.kept_tokens(self._output, {commit.unit for commit in commits})]
+        before += [(commit.prompt_tokens, commit.completion_tokens) for commit in commits]
         settings = self._settings
         spent = sum(one[0] for one in before), sum(one[1] for one in before)
         return Spending(price_in=settings.price_in, price_out=settings.price_out, budget=settings.budget, spent=spent, longest_answer=settings.max_new_tokens)
@@ -180,9 +181,12 @@ class _Job:
         """Tasks are not made anew under examples. Raises RunMismatch."""
         if record is not None:
             record.require(record.identity | {"brainstorming": self._asked.brief.identity(generator)}, self._output.url)
-            raise OutputError(f"{self._output.display(brainstorming.ACCOUNTS)} is gone; bring it back, or begin anew with overwrite")
+            gone = brainstorming.PATH if self._output.exists(brainstorming.ACCOUNTS) else brainstorming.ACCOUNTS
+            raise OutputError(f"{self._output.display(gone)} is gone; bring it back, or begin anew with overwrite")
 
     def _new_record(self, identity: dict[str, Any]) -> Record:
+        if RECORDS.committed_units(self._output) or self._output.list(execution.ANSWERS):
+            raise OutputError(f"{self._output.display(PATH)} is gone, which tells what the units there are of; bring it back, or begin anew with overwrite")
         return Record(
             identity=identity,
             segments=[self._settings.count],
@@ -211,7 +215,9 @@ class _Job:
 
     def _brainstorm(self, execution: Execution, generator: str) -> Pool:
         def ask(prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-            yield from execution.answers(prompts)
+            for answered in execution.answers(prompts):
+                yield answered
+                self._require_lease()
             if self._spending.ended:
                 raise self._stopped("of the tasks are not brainstormed")
 
@@ -247,8 +253,8 @@ class _Job:
             rows, tokens, actors = execution.live()
             return rows + before, tokens, actors
 
-        with self._reporter.watching(live):
-            for outcome in execution.run(work, waiting):
+        with self._reporter.watching(live), closing(execution.run(work, waiting)) as outcomes:
+            for outcome in outcomes:
                 if outcome.made is not None:
                     counts.units += 1
                     counts.rows += outcome.made.rows
@@ -257,8 +263,7 @@ class _Job:
                 else:
                     failures[outcome.unit] = str(outcome.error)
                     counts.failed_units = len(failures)
-                if self._held.lost:
-                    raise OutputError(f"{self._held.lost}; this driver stops, what it committed stands")
+                self._require_lease()
         if failures:
             shown = "\n".join(f"  unit {unit}: {error}" for unit, error in list(failures.items())[:FAILURES_SHOWN])
             more = f"\n  … and {len(failures) - FAILURES_SHOWN} more" if len(failures) > FAILURES_SHOWN else ""
@@ -269,6 +274,10 @@ class _Job:
         if self._spending.ended:
             raise self._stopped(f"of {counts.units_total:,} units {counts.units_total - counts.units:,} are not done")
 
+    def _require_lease(self) -> None:
+        if self._held.lost:
+            raise OutputError(f"{self._held.lost}; this driver stops, what it committed stands")
+
     def _stopped(self, left: str) -> RunStopped:
         spending, settings = self._spending, self._settings
         return RunStopped(
@@ -277,22 +286,22 @@ class _Job:
         )
 
     def _finish(self, record: Record) -> Receipt:
-        """Removes duplicates, checks the accounts, removes what no commit names, compacts the commits, writes the receipt. Can be repeated."""
+        """Removes duplicates, checks the accounts, compacts the commits, removes what none names, writes the receipt. Can be repeated."""
         output = self._output
+        self._require_lease()
         commits = RECORDS.read_all(output)
         reconcile(record.units(), commits)
+        if missing := sorted(_named(commits) - _present(output)):
+            raise RunFailed(f"{len(missing)} files that commits name are gone, {output.display(missing[0])} among them; delete their commits to ask again")
         self._reporter.say("looking for duplicates")
         commits = duplicates.remove(output, record.run_key, commits, duplicates.find(output, commits, near=self._settings.near_duplicates))
         reconcile(record.units(), commits)
-        named = {path for commit in commits for path in (commit.shard, commit.rejects) if path}
-        present = {entry.path for directory in (DATA, REJECTS) for entry in output.list(directory)}
-        if missing := sorted(named - present):
-            raise RunFailed(f"{len(missing)} files that commits name are gone, {output.display(missing[0])} among them; delete their commits to ask again")
         receipt = self._receipt(record, commits)
-        output.delete(sorted(path for path in present - named if _NAMED.fullmatch(path) or is_temporary(path)))
+        self._require_lease()
+        RECORDS.compact(output, commits)
+        output.delete(sorted(path for path in _present(output) - _named(commits) if WRITTEN.fullmatch(path) or is_temporary(path)))
         output.delete_tree(execution.ANSWERS)
         output.delete([entry.path for entry in output.list(OWN) if is_temporary(entry.path)])
-        RECORDS.compact(output, commits)
         receipt.save(output)
         return receipt
 
@@ -324,21 +333,10 @@ class _Job:
             finished=time.time(),
         )
 
-    def _remove_all(self) -> None:
-        """What a synthesis left, but for the lease."""
-        output = self._output
-        output.delete([PATH])
-        written = [entry.path for directory in (DATA, REJECTS) for entry in output.list(directory) if _NAMED.fullmatch(entry.path)]
-        output.delete([brainstorming.PATH, *written])
-        output.delete([entry.path for entry in output.list(OWN) if entry.path != lease.PATH])
+
+def _named(commits: Sequence[Made]) -> set[str]:
+    return {path for commit in commits for path in (commit.shard, commit.rejects) if path}
 
 
-def _require_free(output: Storage) -> None:
-    """Raises OutputError where something else stands."""
-    if output.exists(EMBEDDING_PLAN):
-        raise OutputError(f"out: {output.url} holds an embedding run; name another directory")
-    if output.exists(PATH) or output.exists(brainstorming.ACCOUNTS):
-        return
-    strangers = [entry.path for directory in (DATA, REJECTS) for entry in output.list(directory)]
-    if strangers:
-        raise OutputError(f"out: {output.display(strangers[0])} is from no synthesis that stands there; name another directory, or move it away")
+def _present(output: Storage) -> set[str]:
+    return {entry.path for directory in (DATA, REJECTS) for entry in output.list(directory)}

@@ -1,7 +1,7 @@
 """What a run has spent on tokens, and whether one more request fits the budget.
 
-Invariant: a request is let through only while what was spent, and what the requests under way will cost if they cost the dearest mean
-seen, leaves room for it; so the budget is overstepped by no more than the difference of requests under way from that mean.
+Invariant: a request is let through only while what was spent leaves room for it and those under way, each as dear as the longest prompt and the
+longest answer seen; so the budget is overstepped only where requests under way turn out longer than all before, and by no more than that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Spending:
         self.priced = price_in is not None or price_out is not None
         self._budget, self._longest = budget, longest_answer
         self._tokens = list(spent)
-        self._answered = self._answered_out = self._under_way = 0
+        self._longest_in = self._longest_out = self._under_way = 0
         self._lock = threading.Lock()
         self.ended = False
         """Whether a request was held back."""
@@ -47,9 +47,8 @@ class Spending:
             self._under_way = max(0, self._under_way - 1)
             self._tokens[0] += answer.prompt_tokens
             self._tokens[1] += answer.completion_tokens
-            if answer.text is not None:
-                self._answered += 1
-                self._answered_out += answer.completion_tokens
+            self._longest_in = max(self._longest_in, answer.prompt_tokens)
+            self._longest_out = max(self._longest_out, answer.completion_tokens)
 
     def within(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
         """The prompts, until the next one does not fit the budget."""
@@ -61,8 +60,7 @@ class Spending:
 
     def _take(self, prompt: Prompt) -> bool:
         with self._lock:
-            answer = self._answered_out / self._answered if self._answered else float(self._longest)
-            one = self.of(len(prompt.text) // CHARACTERS_PER_TOKEN, 0) + answer * self._prices[1]
+            one = self.of(max(self._longest_in, len(prompt.text) // CHARACTERS_PER_TOKEN), self._longest_out or self._longest)
             if self._budget is not None and self.cost + (self._under_way + 1) * one > self._budget:
                 return False
             self._under_way += 1

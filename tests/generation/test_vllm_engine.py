@@ -54,7 +54,7 @@ def test_sampled_answers_follow_their_schema_and_their_seed_until_the_engine_die
     def broken() -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    made._engine.step = broken
+    made._engine.raw.step = broken
     for _ in range(2):
         with pytest.raises(EngineDied, match="illegal memory access"):
             list(made.generate(prompts))

@@ -45,4 +45,4 @@ def break_engine(backend: Any) -> None:
     def step() -> Any:
         raise RuntimeError("an illegal memory access was encountered")
 
-    backend._engine.step = step
+    backend._engine.raw.step = step
