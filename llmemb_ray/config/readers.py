@@ -69,7 +69,13 @@ class ReportSettings(StorageSettings):
     run: str = setting(..., "Directory or URL prefix of a run.", panel="Report", argument=True)
     out: str = setting("report.html", "Page to write, local or URL; one that is there is replaced.", panel="Report")
     no_text: bool = setting(False, "Leave out all texts of the corpus; they are else read back from it.", panel="Report")
-    sample: int = setting(2000, "Vectors that health and map are made from, spread evenly over the run; of a synthesis: examples of each family, 3 if not given.", panel="Report", ge=1, le=10_000)
+    sample: int = setting(
+        2000,
+        "Vectors that health and map are made from, spread evenly over the run; of a synthesis: examples of each family, 3 if not given.",
+        panel="Report",
+        ge=1,
+        le=10_000,
+    )
 
 
 class VerifySettings(StorageSettings):
