@@ -3,7 +3,7 @@
 Invariant: what is kept follows from the examples and their rows, whoever made them in whatever order, and from nothing that a stopped
 pass left behind: what it moved already was no first, and what equals a near duplicate is told so after that was moved too.
 Exact: query, positive and negative are the same strings (paper 2, section 3.1); digests lie on the local disk, 24 bytes each.
-Near: MinHash signatures of words in memory, about a kilobyte an example.
+Near: MinHash signatures of runs of characters in memory, about 8 kB an example.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ TEXTS = ("query", "positive", "negative")
 
 PERMUTATIONS = 128
 """Of a MinHash signature: the error of a Jaccard similarity is about 1/sqrt(128) = 0.09."""
+
+MISSED = 0.05, 0.95
+"""Weights of candidates in vain and of near duplicates passed over, by which the index is laid out. Candidates are compared by their signatures, which is
+cheap; with equal weights 6 in 10 of the pairs just as alike as asked for (0.8) are no candidates, with these 1 in 20."""
+
+STRICTEST = 0.95
+"""Similarity that the index is laid out for at most: beyond it has no layout, and at 1 exact duplicates but for case and white space are left."""
 
 SHINGLE = 3
 """Characters of a shingle: words of any script, and scripts without spaces, are alike by their parts."""
@@ -136,7 +143,7 @@ def _near(output: Storage, commits: Sequence[Made], threshold: float, passed_ove
     """In order of rows: an example is near to an earlier one that is kept, or it is kept itself."""
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    index = MinHashLSH(threshold=min(threshold, STRICTEST), num_perm=PERMUTATIONS, weights=MISSED)
     kept: dict[int, Any] = {}
     found = {}
     for table in _shards(output, commits):

@@ -91,8 +91,8 @@ class Work:
     def read(self, request: Request, answer: Answer) -> Example | Problem:
         found = checks.read(request, answer, strict=self.strict, check_language=self.check_language)
         if isinstance(found, Example) and self.contaminated:
-            for text in (found.query, found.positive):
-                if normal(text) in self.contaminated:
+            for text in (found.query, found.positive, found.negative):
+                if text is not None and normal(text) in self.contaminated:
                     return Problem(CONTAMINATED, f"stands in an evaluation set: {text[:200]!r}")
         return found
 
