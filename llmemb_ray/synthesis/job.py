@@ -31,9 +31,10 @@ from llmemb_ray.synthesis.commits import RECORDS, Made
 from llmemb_ray.synthesis.drawing import Draw
 from llmemb_ray.synthesis.execution import Execution, InProcess
 from llmemb_ray.synthesis.families import FAMILIES, WEIGHTS
+from llmemb_ray.synthesis.output import OWN, WRITTEN, remove, require_free
 from llmemb_ray.synthesis.prompts import Prompts
 from llmemb_ray.synthesis.receipt import Receipt, reconcile, sums
-from llmemb_ray.synthesis.record import OWN, PATH, WRITTEN, Record, remove, require_free
+from llmemb_ray.synthesis.record import PATH, Record
 from llmemb_ray.synthesis.spending import Spending
 from llmemb_ray.synthesis.tasks import Pool, Task
 from llmemb_ray.synthesis.units import DATA, REJECTS, Work

@@ -6,7 +6,6 @@ Invariant: a record stands for one run key. Of one run only the count may grow; 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -18,20 +17,12 @@ from llmemb_ray import parquet
 from llmemb_ray.errors import NotFound, OutputError, RunMismatch
 from llmemb_ray.representation.space import differences, digest
 from llmemb_ray.shards import lease
-from llmemb_ray.shards.plan import RECORD as EMBEDDING_PLAN
-from llmemb_ray.shards.receipt import PATH as RECEIPT
 from llmemb_ray.storage import Storage
-from llmemb_ray.synthesis import brainstorming
 from llmemb_ray.synthesis.commits import RECORDS, Made
 from llmemb_ray.synthesis.receipt import Receipt
-from llmemb_ray.synthesis.units import DATA, REJECTS, Unit, units
-
-OWN = "_llmemb"
+from llmemb_ray.synthesis.units import Unit, units
 
 PATH = "_llmemb/synthesis.json"
-
-WRITTEN = re.compile(r"(data|rejects)/\d{12}-[0-9a-f]{12}\.parquet")
-"""What a synthesis wrote; other files are never removed."""
 
 CHANGES_SHOWN = 8
 
@@ -154,27 +145,6 @@ def read(output: Storage, path: str) -> pa.Table:
         raise OutputError(f"{output.display(path)} is named by a commit but is not there; run verify") from error
     except (pa.ArrowException, OSError) as error:
         raise OutputError(f"{output.display(path)} cannot be read: {error}; run verify") from error
-
-
-def require_free(output: Storage) -> None:
-    """Raises OutputError where something else stands."""
-    if output.exists(EMBEDDING_PLAN):
-        raise OutputError(f"out: {output.url} holds an embedding run; name another directory")
-    if output.exists(PATH) or output.exists(brainstorming.ACCOUNTS):
-        return
-    strangers = [entry.path for directory in (DATA, REJECTS) for entry in output.list(directory)]
-    if strangers:
-        raise OutputError(f"out: {output.display(strangers[0])} is from no synthesis that stands there; name another directory, or move it away")
-
-
-def remove(output: Storage) -> None:
-    """Removes what a synthesis left, but for the lease. The record goes last: stopped in between, what is left is not taken for another run's."""
-    output.delete([RECEIPT])
-    output.delete([entry.path for entry in output.list(OWN) if entry.path not in (lease.PATH, brainstorming.ACCOUNTS, PATH)])
-    written = [entry.path for directory in (DATA, REJECTS) for entry in output.list(directory) if WRITTEN.fullmatch(entry.path)]
-    output.delete([brainstorming.PATH, *written])
-    output.delete([brainstorming.ACCOUNTS])
-    output.delete([PATH])
 
 
 def _short(value: Any) -> str:
