@@ -88,13 +88,21 @@ def _json_line(record: dict[str, Any]) -> bytes:
 
 def masked(values: dict[str, Any]) -> dict[str, Any]:
     """A copy of settings fit for printing: URLs redacted, and of the storage options whatever looks like a secret by its name hidden."""
-    return {name: _without_secrets(value) if name == "storage_options" else _redacted(value) for name, value in values.items()}
+    return {name: _without_secrets(value) if name == "storage_options" else _of_arguments(name, _redacted(value)) for name, value in values.items()}
 
 
 def given_settings(settings: Settings) -> dict[str, Any]:
     """What was set, for a record: without storage options, URLs redacted."""
     values = settings.model_dump(mode="json", exclude={"storage_options"})
     return masked({name: value for name, value in values.items() if name in settings.model_fields_set})
+
+
+def _of_arguments(name: str, value: Any) -> Any:
+    """Of ``engine_arg`` the values that look like secrets by their keys hidden."""
+    if name != "engine_arg" or not isinstance(value, list):
+        return value
+    pairs = (str(item).partition("=") for item in value)
+    return [f"{key}{equals}{_without_secrets(text, key)}" for key, equals, text in pairs]
 
 
 def _redacted(value: Any) -> Any:
@@ -139,12 +147,14 @@ def command_line(settings: Settings, command: str = "embed") -> str:
             continue
         flag = flag_of(name)
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        if isinstance(value, bool):
+        if value is None:
+            assignments += ["--set", f"{name}=null"]
+        elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list) and not all(_is_plain(item) for item in value):
             assignments += ["--set", f"{name}={_in_flow_style(value)}"]
         elif isinstance(value, list) and not extra.get("commas"):
-            words += [word for item in value for word in (flag, str(item))]
+            words += [word for item in _of_arguments(name, value) for word in (flag, str(item))]
         else:
             words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join([*map(redact, words), *assignments])

@@ -21,6 +21,7 @@ OWNED_ENGINE_ARGS: dict[str, str] = {
     "override_generation_config": "temperature and top_p",
     "structured_outputs_config": "structured",
     "distributed_executor_backend": "",
+    "hf_token": "the environment variable HF_TOKEN",
     "runner": "",
     "convert": "",
     "pooler_config": "",

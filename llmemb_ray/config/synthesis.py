@@ -40,7 +40,11 @@ class SynthesizeSettings(GeneratorSettings):
     strict: bool = setting(False, "Reject examples that break a length rule; else they are kept and the rule is noted.", panel="Checks")
     check_language: bool = setting(True, "Reject texts that are plainly in another language than was asked for.", panel="Checks")
     near_duplicates: float | None = setting(
-        None, "Drop examples whose words are alike to an earlier one's by so much (Jaccard, such as 0.8; MinHash).", panel="Checks", gt=0, le=1
+        None,
+        "Drop examples whose runs of three characters are those of an earlier one by so much (Jaccard similarity, such as 0.8; MinHash).",
+        panel="Checks",
+        gt=0,
+        le=1,
     )
     contamination: list[str] = setting(
         [], "Files of evaluation texts; an example with one of them, ignoring case and white space, is rejected; repeatable.", panel="Checks"

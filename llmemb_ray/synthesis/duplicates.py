@@ -30,6 +30,7 @@ from llmemb_ray.synthesis.commits import RECORDS, Made
 from llmemb_ray.synthesis.units import REJECT_ROWS, put_examples, put_rejects
 
 EXACT, NEAR = "duplicate", "near_duplicate"
+REASONS = (EXACT, NEAR)
 
 TEXTS = ("query", "positive", "negative")
 

@@ -275,7 +275,7 @@ def _money(settings: SynthesizeSettings, there: Standing, tasks: dict[str, Part]
     if settings.budget is None:
         return found
     rests = of_tasks.times(-1).plus(Span(*[settings.budget - spent] * 3))
-    paid = [there.left if one <= rest else there.left * max(0.0, rest) / one for one, rest in zip(of_examples, rests, strict=True)]
+    paid = [there.left if one <= max(0.0, rest) else there.left * max(0.0, rest) / one for one, rest in zip(of_examples, rests, strict=True)]
     return found | {"enough": of_examples.expected <= rests.expected, "affordable": Span(*(float(math.floor(count)) for count in reversed(paid)))}
 
 

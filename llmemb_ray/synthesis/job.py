@@ -17,13 +17,13 @@ from llmemb_ray.config import SynthesizeSettings, parse_actors
 from llmemb_ray.errors import OutputError, RunFailed, RunStopped
 from llmemb_ray.evaluation import contamination
 from llmemb_ray.generation import opening
-from llmemb_ray.generation.endpoint import address
 from llmemb_ray.generation.generator import Answer, Prompt
 from llmemb_ray.generation.tokens import ModelSpec
 from llmemb_ray.pipeline import planning
 from llmemb_ray.pipeline.progress import Counts, Reporter
 from llmemb_ray.representation.space import digest
 from llmemb_ray.shards import lease
+from llmemb_ray.shards.run import OWN
 from llmemb_ray.storage import Storage, absolute, is_temporary
 from llmemb_ray.synthesis import brainstorming, duplicates, execution, languages, tasks
 from llmemb_ray.synthesis.brainstorming import Brainstorming, Brief
@@ -31,19 +31,19 @@ from llmemb_ray.synthesis.commits import RECORDS, Made
 from llmemb_ray.synthesis.drawing import Draw
 from llmemb_ray.synthesis.execution import Execution, InProcess
 from llmemb_ray.synthesis.families import FAMILIES, WEIGHTS
-from llmemb_ray.synthesis.output import OWN, WRITTEN, remove, require_free
+from llmemb_ray.synthesis.output import remove, require_free
 from llmemb_ray.synthesis.prompts import Prompts
-from llmemb_ray.synthesis.receipt import Receipt, reconcile, sums
+from llmemb_ray.synthesis.receipt import Receipt, no_examples, reconcile
 from llmemb_ray.synthesis.record import PATH, Record
 from llmemb_ray.synthesis.spending import Spending
 from llmemb_ray.synthesis.tasks import Pool, Task
-from llmemb_ray.synthesis.units import DATA, REJECTS, Work
+from llmemb_ray.synthesis.units import DATA, REJECTS, WRITTEN, Work
 from llmemb_ray.written import command_line, given_settings
 
 FAILURES_SHOWN = 5
 
-NO_ARRAYS = "api.openai.com"
-"""Takes no JSON schema whose root is an array, as that of the tasks is: there they are asked for by the prompt alone."""
+HOPELESS = 200
+"""Requests of this command, none of which became an example, that end it."""
 
 
 def synthesize(settings: SynthesizeSettings, *, quiet: bool = False) -> Receipt | Brainstorming:
@@ -58,7 +58,10 @@ def synthesize(settings: SynthesizeSettings, *, quiet: bool = False) -> Receipt 
         require_free(output)
         asked = Asked.of(settings)
         with lease.LeaseHolder(output, reporter.snapshot, waiting=reporter.say) as held:
-            return _Job(settings, asked, output, reporter, held).run()
+            made = _Job(settings, asked, output, reporter, held).run()
+    if isinstance(made, Receipt):
+        made.require_examples(output)
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,7 @@ class _Job:
             record.require(identity, self._output.url)
             record = record.up_to(self._settings.count)
             if record.count > self._settings.count:
-                self._reporter.say(f"note: {record.count:,} examples were asked for before; all of them are made")
+                self._reporter.say(f"note: {record.count:,} examples were asked for before; all of them will be made")
             record.save(self._output)
             self._generate(execution, record, pool)
         return self._finish(record)
@@ -220,11 +223,11 @@ class _Job:
                 yield answered
                 self._require_lease()
             if self._spending.ended:
-                raise self._stopped("of the tasks are not brainstormed")
+                raise self._stopped("the tasks are not all brainstormed")
 
-        structured = opening.structured_of(self._settings)
-        at_openai = self._settings.llm is not None and NO_ARRAYS in address(self._settings.base_url)
-        schema = tasks.SCHEMA if structured == "json_schema" and not at_openai else None
+        # Many endpoints, OpenAI's among them, take no schema whose root is an array; the prompt asks for a list as well.
+        held = self._settings.llm is None and opening.structured_of(self._settings) == "json_schema"
+        schema = tasks.SCHEMA if held else None
         return brainstorming.fill(self._asked.brief, self._output, generator, ask, schema=schema, say=self._reporter.say)
 
     def _generate(self, execution: Execution, record: Record, pool: Pool) -> None:
@@ -261,6 +264,8 @@ class _Job:
                     counts.rows += outcome.made.rows
                     counts.tokens += outcome.made.prompt_tokens + outcome.made.completion_tokens
                     counts.rejects += outcome.made.rejected
+                    if counts.rejects == counts.rows - before >= HOPELESS:
+                        raise RunFailed(no_examples(counts.rejects, outcome.made.reasons, self._output))
                 else:
                     failures[outcome.unit] = str(outcome.error)
                     counts.failed_units = len(failures)
@@ -297,7 +302,16 @@ class _Job:
         self._reporter.say("looking for duplicates")
         commits = duplicates.remove(output, record.run_key, commits, duplicates.find(output, commits, near=self._settings.near_duplicates))
         reconcile(record.units(), commits)
-        receipt = self._receipt(record, commits)
+        made = brainstorming.accounts(output)
+        receipt = Receipt.of(
+            commits,
+            run_key=record.run_key,
+            generator=record.generator,
+            of_tasks=(made.prompt_tokens, made.completion_tokens) if made else (0, 0),
+            spending=self._spending,
+            seconds_wall=round(time.monotonic() - self._started, 3),
+            versions=planning.versions(),
+        )
         self._require_lease()
         RECORDS.compact(output, commits)
         output.delete(sorted(path for path in _present(output) - _named(commits) if WRITTEN.fullmatch(path) or is_temporary(path)))
@@ -305,34 +319,6 @@ class _Job:
         output.delete([entry.path for entry in output.list(OWN) if is_temporary(entry.path)])
         receipt.save(output)
         return receipt
-
-    def _receipt(self, record: Record, commits: Sequence[Made]) -> Receipt:
-        def total(name: str) -> int:
-            return sum(getattr(commit, name) for commit in commits)
-
-        made = brainstorming.accounts(self._output)
-        of_tasks = (made.prompt_tokens, made.completion_tokens) if made else (0, 0)
-        cost = self._spending.of(total("prompt_tokens") + of_tasks[0], total("completion_tokens") + of_tasks[1]) if self._spending.priced else None
-        return Receipt(
-            run_key=record.run_key,
-            units=len(commits),
-            asked=total("rows"),
-            accepted=total("accepted"),
-            rejected=total("rejected"),
-            duplicates=total("duplicates"),
-            **{name: sums(commits, name) for name in ("reasons", "notes", "families", "languages")},
-            generator=record.generator,
-            prompt_tokens=total("prompt_tokens"),
-            completion_tokens=total("completion_tokens"),
-            task_prompt_tokens=of_tasks[0],
-            task_completion_tokens=of_tasks[1],
-            cost=cost,
-            retries=total("retries"),
-            shard_bytes=total("shard_bytes"),
-            seconds_wall=round(time.monotonic() - self._started, 3),
-            versions=planning.versions(),
-            finished=time.time(),
-        )
 
 
 def _named(commits: Sequence[Made]) -> set[str]:

@@ -5,21 +5,14 @@ Invariant: a file that no synthesis wrote is never removed.
 
 from __future__ import annotations
 
-import re
-
 from llmemb_ray.errors import OutputError
-from llmemb_ray.shards import lease
 from llmemb_ray.shards.plan import RECORD as EMBEDDING_PLAN
 from llmemb_ray.shards.receipt import PATH as RECEIPT
+from llmemb_ray.shards.records import COMPACTED, DIRECTORY
 from llmemb_ray.storage import Storage
-from llmemb_ray.synthesis import brainstorming
+from llmemb_ray.synthesis import brainstorming, execution
 from llmemb_ray.synthesis.record import PATH
-from llmemb_ray.synthesis.units import DATA, REJECTS
-
-OWN = "_llmemb"
-
-WRITTEN = re.compile(r"(data|rejects)/\d{12}-[0-9a-f]{12}\.parquet")
-"""Shards and rejects."""
+from llmemb_ray.synthesis.units import DATA, REJECTS, WRITTEN
 
 
 def require_free(output: Storage) -> None:
@@ -35,8 +28,12 @@ def require_free(output: Storage) -> None:
 
 def remove(output: Storage) -> None:
     """Removes what a synthesis left, but for the lease. The record goes last: stopped in between, what is left is not taken for another run's."""
+    if not any(output.exists(path) for path in (PATH, brainstorming.ACCOUNTS, brainstorming.ANSWERS)):
+        return
     output.delete([RECEIPT])
-    output.delete([entry.path for entry in output.list(OWN) if entry.path not in (lease.PATH, brainstorming.ACCOUNTS, PATH)])
+    output.delete([COMPACTED, brainstorming.ANSWERS])
+    for directory in (DIRECTORY, execution.ANSWERS):
+        output.delete_tree(directory)
     written = [entry.path for directory in (DATA, REJECTS) for entry in output.list(directory) if WRITTEN.fullmatch(entry.path)]
     output.delete(written)
     if output.exists(brainstorming.ACCOUNTS):  # Else the tasks there are somebody's own.

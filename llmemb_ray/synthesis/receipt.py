@@ -6,8 +6,9 @@ Invariant: asked = accepted + rejected + duplicates, for each unit and in total,
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ from llmemb_ray.errors import NotFound, OutputError, RunFailed
 from llmemb_ray.shards.receipt import PATH
 from llmemb_ray.storage import Storage
 from llmemb_ray.synthesis.commits import Made
-from llmemb_ray.synthesis.units import Unit
+from llmemb_ray.synthesis.spending import Spending
+from llmemb_ray.synthesis.units import REJECTS, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,58 @@ class Receipt:
     """Of the brainstorming."""
     task_completion_tokens: int
     cost: float | None
-    """Of all tokens at the prices of the command that finished; None without prices."""
+    """Of all tokens at the prices of the command that finished; None without prices, or where no tokens were told."""
     retries: int
     shard_bytes: int
     seconds_wall: float
     """Of the command that finished the run, this time."""
     versions: dict[str, str] = field(default_factory=dict)
     finished: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        commits: Sequence[Made],
+        *,
+        run_key: str,
+        generator: str,
+        of_tasks: tuple[int, int],
+        spending: Spending,
+        seconds_wall: float,
+        versions: dict[str, str],
+    ) -> Receipt:
+        """of_tasks: (prompt tokens, tokens of answers) of the brainstorming."""
+
+        def total(name: str) -> int:
+            return sum(getattr(commit, name) for commit in commits)
+
+        prompt_tokens, completion_tokens = total("prompt_tokens"), total("completion_tokens")
+        tokens = prompt_tokens + of_tasks[0], completion_tokens + of_tasks[1]
+        return cls(
+            run_key=run_key,
+            units=len(commits),
+            asked=total("rows"),
+            accepted=total("accepted"),
+            rejected=total("rejected"),
+            duplicates=total("duplicates"),
+            **{name: sums(commits, name) for name in ("reasons", "notes", "families", "languages")},
+            generator=generator,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            task_prompt_tokens=of_tasks[0],
+            task_completion_tokens=of_tasks[1],
+            cost=spending.of(*tokens) if spending.priced and any(tokens) else None,
+            retries=total("retries"),
+            shard_bytes=total("shard_bytes"),
+            seconds_wall=seconds_wall,
+            versions=versions,
+            finished=time.time(),
+        )
+
+    def require_examples(self, output: Storage) -> None:
+        """Raises RunFailed where no answer became an example."""
+        if not self.accepted:
+            raise RunFailed(no_examples(self.asked, self.reasons, output))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +123,15 @@ class Receipt:
             yield f"kept though they break a length rule: {', '.join(f'{count:,} {rule}' for rule, count in self.notes.items())} (strict rejects them)"
         tokens = f"{self.prompt_tokens + self.task_prompt_tokens:,} prompt tokens, {self.completion_tokens + self.task_completion_tokens:,} of answers"
         yield f"{tokens}{'' if self.cost is None else f', cost {self.cost:,.2f}'}; {self.retries:,} requests tried again"
+
+
+def no_examples(answers: int, reasons: Mapping[str, int], output: Storage) -> str:
+    """That all of so many answers were rejected, and the way out."""
+    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    return (
+        f"none of {answers:,} answers became an example ({told}): look at {output.display(REJECTS)}, then begin anew with --overwrite and another generator, "
+        "--structured, --prompts or --max-new-tokens"
+    )
 
 
 def sums(commits: Iterable[Made], name: str) -> dict[str, int]:

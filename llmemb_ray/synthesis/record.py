@@ -20,7 +20,7 @@ from llmemb_ray.shards import lease
 from llmemb_ray.storage import Storage
 from llmemb_ray.synthesis.commits import RECORDS, Made
 from llmemb_ray.synthesis.receipt import Receipt
-from llmemb_ray.synthesis.units import Unit, units
+from llmemb_ray.synthesis.units import WRITTEN, Unit, units
 
 PATH = "_llmemb/synthesis.json"
 
@@ -115,8 +115,11 @@ class Synthesis:
         """(commit, what it wrote of a kind), ``shard`` or ``rejects``, by row. Raises OutputError naming a file that is gone or broken."""
         for commit in self.commits:
             path = getattr(commit, kind)
-            if path is not None:
-                yield commit, read(self.storage, path)
+            if path is None:
+                continue
+            if not WRITTEN.fullmatch(path):
+                raise OutputError(f"commit {commit.unit} of {self.storage.url} names {path!r}, which no synthesis writes; run verify")
+            yield commit, read(self.storage, path)
 
     def status(self) -> dict[str, Any]:
         """Where the run stands, from storage alone."""

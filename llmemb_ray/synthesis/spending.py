@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 
+from llmemb_ray.errors import ConfigError
 from llmemb_ray.generation.generator import Answer, Prompt
 
 MILLION = 1e6
 
 CHARACTERS_PER_TOKEN = 4
-"""Where an endpoint does not tell its tokens; English text has about so many."""
+"""Of English text; prompts are reckoned so until a longer one was told."""
 
 
 class Spending:
@@ -42,9 +43,11 @@ class Spending:
         return prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]
 
     def add(self, answer: Answer) -> None:
-        """Counts an answer, or a request that had none."""
+        """Counts an answer, or a request that had none. Raises ConfigError where there is a budget and no tokens are told."""
         with self._lock:
             self._under_way = max(0, self._under_way - 1)
+            if self._budget is not None and answer.text and not (answer.prompt_tokens or answer.completion_tokens):
+                raise ConfigError("budget: the endpoint does not tell its tokens, so that it cannot be kept to; leave it out, and bound the run by count")
             self._tokens[0] += answer.prompt_tokens
             self._tokens[1] += answer.completion_tokens
             self._longest_in = max(self._longest_in, answer.prompt_tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 import time
 import uuid
@@ -30,6 +31,9 @@ from llmemb_ray.synthesis.drawing import Draw, Request
 DATA, REJECTS = "data", "rejects"
 
 CONTAMINATED = "contaminated"
+
+WRITTEN = re.compile(rf"({DATA}|{REJECTS})/\d{{12}}-[0-9a-f]{{12}}\.parquet")
+"""Paths of shards and rejects below OUT."""
 
 _TEXT = pa.string()
 
@@ -91,7 +95,8 @@ class Work:
     def read(self, request: Request, answer: Answer) -> Example | Problem:
         found = checks.read(request, answer, strict=self.strict, check_language=self.check_language)
         if isinstance(found, Example) and self.contaminated:
-            for text in (found.query, found.positive, found.negative):
+            labels = request.family == "long-short"  # Labels stand in every classification set.
+            for text in (found.query,) if labels else (found.query, found.positive, found.negative):
                 if text is not None and normal(text) in self.contaminated:
                     return Problem(CONTAMINATED, f"stands in an evaluation set: {text[:200]!r}")
         return found

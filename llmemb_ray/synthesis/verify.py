@@ -40,8 +40,6 @@ NOT_FROM_COMMITS = {"cost", "seconds_wall", "versions", "finished"}
 DRAWN = ("family", "language", "task", "placeholders", "seed")
 """Columns that follow from the run's seed and the row."""
 
-OF_DUPLICATES = (duplicates.EXACT, duplicates.NEAR)
-
 
 @dataclass
 class Findings(Checked):
@@ -116,12 +114,12 @@ def _accounts(synthesis: Synthesis, commits: Sequence[Made], receipt: Receipt | 
 
 def _within_commit(commit: Made, findings: Findings) -> None:
     """What a commit says agrees with itself."""
-    moved = sum(commit.reasons.get(reason, 0) for reason in OF_DUPLICATES)
+    moved = sum(commit.reasons.get(reason, 0) for reason in duplicates.REASONS)
     for what, one, other, counted in (
         ("families", "accepted", sum(commit.families.values()), commit.accepted),
         ("languages", "accepted", sum(commit.languages.values()), commit.accepted),
         ("reasons", "rejected and duplicates", sum(commit.reasons.values()), commit.rejected + commit.duplicates),
-        (f"reasons {' and '.join(OF_DUPLICATES)}", "duplicates", moved, commit.duplicates),
+        (f"reasons {' and '.join(duplicates.REASONS)}", "duplicates", moved, commit.duplicates),
     ):
         if other != counted:
             findings.problem(f"commit {commit.unit}: its {what} make {other}, it has {counted} {one}")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from llmemb_ray.config import SynthesizeSettings
-from llmemb_ray.errors import ConfigError, RunMismatch, RunStopped
+from llmemb_ray.errors import ConfigError, RunFailed, RunMismatch, RunStopped
+from llmemb_ray.storage import Storage
 from llmemb_ray.synthesis.drawing import Draw
 from llmemb_ray.synthesis.estimate import STAND_IN, preview
 from llmemb_ray.synthesis.families import ASYMMETRIC, WEIGHTS
@@ -246,8 +247,10 @@ def test_a_loaded_model_counts_with_its_own_tokenizer(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", head=True, max_position_embeddings=4096)
     asks: dict[str, Any] = {"llm": None, "model": str(model), "actors": "0", "count": 24, "max_new_tokens": 4, "structured": "none"}
     made = preview(settings(tmp_path, **asks))
-    receipt = synthesize(settings(tmp_path, **asks), quiet=True)
-    assert isinstance(receipt, Receipt)
+    with pytest.raises(RunFailed, match=r"none of 24 answers became an example \(24 cut\): look at .*rejects"):
+        synthesize(settings(tmp_path, **asks), quiet=True)
+    receipt = Receipt.load(Storage(str(tmp_path / "out")))
+    assert receipt is not None
     assert made.left.prompt_tokens == receipt.prompt_tokens > 24 * 100
     assert made.left.answer_tokens.most <= 24 * 4
     assert any("cut" in note for note in made.notes)

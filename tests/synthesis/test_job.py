@@ -136,9 +136,9 @@ def answered(out: Path) -> set[int]:
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not condition():
-        assert time.monotonic() < deadline, f"no {what} within a minute"
+        assert time.monotonic() < deadline, f"no {what} within three minutes"
         time.sleep(0.02)
 
 
@@ -170,7 +170,7 @@ def test_actors_write_what_one_process_does_whatever_becomes_of_them(settings: S
             killer.start()
         receipt = run(settings(out=str(out), **given, **cluster))
         if actors == 4:
-            killer.join(60)
+            killer.join(200)
             assert killed == [True]
         require_whole(out, receipt, 24)
         runs[actors] = rows(out), rows(out, "rejects"), receipt.run_key, receipt.reasons, receipt.prompt_tokens, receipt.completion_tokens

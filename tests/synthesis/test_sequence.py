@@ -55,4 +55,4 @@ def test_the_script_goes_from_nothing_to_the_vectors_of_a_model_that_was_trained
 
 def test_the_papers_settings_are_settings() -> None:
     settings = SynthesizeSettings.make(yaml.safe_load((REPRODUCE / "paper2.yaml").read_text()))
-    assert (settings.temperature, settings.top_p, settings.tasks_per_family * len(ASYMMETRIC)) == (1.0, 1.0, 150_000)
+    assert (settings.temperature, settings.top_p, settings.tasks_per_family * len(ASYMMETRIC)) == (1.0, 1.0, 112_500)

@@ -11,7 +11,7 @@ from typing import Any
 from llmemb_ray.reporting.charts import throughput
 from llmemb_ray.reporting.figures import COLOURS, as_json, figure, plain
 from llmemb_ray.reporting.synthesis.facts import Facts
-from llmemb_ray.reporting.synthesis.reading import TEXTS
+from llmemb_ray.synthesis.duplicates import TEXTS
 
 LOGARITHMIC = 30
 """How many times the requests of one language those of another are from which bars are drawn by powers of ten."""

@@ -9,7 +9,7 @@ from llmemb_ray.reporting import document
 from llmemb_ray.reporting.report import target
 from llmemb_ray.reporting.synthesis.charts import charts
 from llmemb_ray.reporting.synthesis.facts import SAMPLES, Facts, collect
-from llmemb_ray.reporting.synthesis.reading import OF_DUPLICATES
+from llmemb_ray.synthesis import duplicates
 from llmemb_ray.synthesis.record import Synthesis
 
 MOST_SAMPLES = 100
@@ -46,9 +46,9 @@ def render(facts: Facts) -> str:
         charts(facts),
         facts=facts,
         accounts=facts.accounts,
-        rejects=[reason for reason in facts.reasons if reason.reason not in OF_DUPLICATES],
-        duplicates=[reason for reason in facts.reasons if reason.reason in OF_DUPLICATES],
-        duplicates_by_family={reason.reason: reason.families for reason in facts.reasons if reason.reason in OF_DUPLICATES},
+        rejects=[reason for reason in facts.reasons if reason.reason not in duplicates.REASONS],
+        duplicates=[reason for reason in facts.reasons if reason.reason in duplicates.REASONS],
+        duplicates_by_family={reason.reason: reason.families for reason in facts.reasons if reason.reason in duplicates.REASONS},
         answer_tokens=quantity(facts.accounts["completion_tokens"]),
         cut=CUT,
         banners=banners(facts),

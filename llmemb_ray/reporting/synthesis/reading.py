@@ -24,10 +24,6 @@ OF_A_CELL, OF_A_REASON = 3, 6
 RAW_CHARACTERS = 4000
 """Of an answer that was rejected."""
 
-TEXTS = ("query", "positive", "negative")
-
-OF_DUPLICATES = (duplicates.EXACT, duplicates.NEAR)
-
 _CODES = {language.name: code for code, language in LANGUAGES.items()}
 
 
@@ -141,19 +137,19 @@ class Reading:
             self.notes[note][family] += 1
         placeholders = json.loads(row["placeholders"])
         target = placeholders.get("tgt_lang") if family == "bitext" else None
-        for name in TEXTS:
+        for name in duplicates.TEXTS:
             if row[name] is not None:
                 code = language if name == "query" or target is None else _CODES.get(target, language)
                 self.lengths[family, name][count_words(row[name], code)] += 1
         if self.samples[family].wants(key):
             others = {name: value for name, value in placeholders.items() if name not in ("src_lang", "tgt_lang")}
-            texts = {name: row[name] for name in ("row", "task", *TEXTS)}
+            texts = {name: row[name] for name in ("row", "task", *duplicates.TEXTS)}
             sample = Sample(**texts, language=_named(language), target=target, placeholders=others, notes=row["notes"] or [])
             self.samples[family].add(key, row["row"], sample)
 
     def reject(self, row: Mapping[str, Any]) -> None:
         reason, family, key = row["reason"], row["family"], self._key(row["row"])
-        self._count(row, "duplicates" if reason in OF_DUPLICATES else "rejected")
+        self._count(row, "duplicates" if reason in duplicates.REASONS else "rejected")
         self.counts[reason][family] += 1
         kept = self.rejects[reason, family]
         if kept.wants(key):
@@ -171,7 +167,7 @@ class Reading:
 
     def all_lengths(self) -> Iterator[Lengths]:
         for family in FAMILIES:
-            for text in TEXTS:
+            for text in duplicates.TEXTS:
                 if counts := self.lengths.get((family, text)):
                     low, q1, median, q3, high, longest = quantiles(counts, (0.05, 0.25, 0.5, 0.75, 0.95, 1.0))
                     yield Lengths(family=family, text=text, low=low, q1=q1, median=median, q3=q3, high=high, longest=longest)
