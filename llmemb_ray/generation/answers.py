@@ -9,18 +9,52 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from llmemb_ray.errors import InputError, NotFound, StorageError
 from llmemb_ray.generation.generator import Answer
-from llmemb_ray.storage import Access, absolute, locate, redact
+from llmemb_ray.storage import Access, Storage, absolute, locate, redact
 from llmemb_ray.written import json_lines
 
 SAVE_SECONDS = 10.0
 """Between two writes to an object store: what a killed command loses at most."""
+
+
+def read(output: Storage, path: str) -> dict[tuple[str, str], Answer]:
+    """(generator, prompt) -> answer of a file of kept answers, none where there is no file; nothing is mended, for somebody may be writing it.
+
+    Raises InputError for a line that is none.
+    """
+    _, whole = _lines(output, path)
+    return {(record["asked"], record["prompt"]): answer for record, answer in _records(whole, output.display(path))}
+
+
+def tokens(answers: Iterable[Answer]) -> tuple[int, int]:
+    """(prompt tokens, tokens of answers), summed."""
+    kept = list(answers)
+    return sum(answer.prompt_tokens for answer in kept), sum(answer.completion_tokens for answer in kept)
+
+
+def _lines(storage: Storage, name: str) -> tuple[bytes, bytes]:
+    """(the file, its whole lines)."""
+    try:
+        data = storage.read(name)
+    except NotFound:
+        data = b""
+    return data, data[: data.rfind(b"\n") + 1]
+
+
+def _records(whole: bytes, url: str) -> Iterator[tuple[dict[str, Any], Answer]]:
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            _, _, answer = record["asked"], record["prompt"], Answer(**record["answer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{redact(url)} line {number} is no answer: {error}; delete the line, and its prompt is asked again") from error
+        yield record, answer
 
 
 class Answers:
@@ -33,30 +67,15 @@ class Answers:
         self._records: list[dict[str, Any]] = []
         self._file: IO[bytes] | None = None
         self._saved = time.monotonic()
-        try:
-            data = self._storage.read(self._name)
-        except NotFound:
-            data = b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-            self._remember(line, number)
+        data, whole = _lines(self._storage, self._name)
+        for record, answer in _records(whole, self.url):
+            self._kept[record["asked"], record["prompt"]] = answer
+            self._records.append(record)
         if whole != data:
             self._storage.put(self._name, whole)
 
-    def _remember(self, line: bytes, number: int) -> None:
-        try:
-            record = json.loads(line)
-            self._kept[record["asked"], record["prompt"]] = Answer(**record["answer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{redact(self.url)} line {number} is no answer: {error}; delete the line, and its prompt is asked again") from error
-        self._records.append(record)
-
     def __len__(self) -> int:
         return len(self._kept)
-
-    def all(self) -> Iterator[Answer]:
-        """Whoever was asked."""
-        yield from self._kept.values()
 
     def get(self, asked: str, prompt: str) -> Answer | None:
         """asked: the name of a generator."""

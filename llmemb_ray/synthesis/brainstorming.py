@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmemb_ray.errors import ConfigError, NotFound, OutputError, RunFailed
+from llmemb_ray.generation import answers
 from llmemb_ray.generation.answers import Answers
 from llmemb_ray.generation.generator import Answer, Prompt
 from llmemb_ray.storage import Storage
@@ -127,9 +128,9 @@ def fill(brief: Brief, output: Storage, generator: str, ask: Ask, *, schema: dic
     with closing(Answers(f"{output.url}/{ANSWERS}", output.access)) as kept:
         added, calls = dict.fromkeys(brief.families, 0), dict.fromkeys(brief.families, 0)
         while wanted := list(_calls(brief, added, calls)):
-            answers = _answers(wanted, generator, kept, ask, schema)
+            came_in = _answers(wanted, generator, kept, ask, schema)
             for call in wanted:
-                answer = answers[_key(call)]
+                answer = came_in[_key(call)]
                 tokens[0] += answer.prompt_tokens
                 tokens[1] += answer.completion_tokens
                 calls[call.family] += 1
@@ -161,8 +162,7 @@ def fill(brief: Brief, output: Storage, generator: str, ask: Ask, *, schema: dic
 
 def kept_tokens(output: Storage) -> tuple[int, int]:
     """(prompt tokens, tokens of answers) of all answers that were kept, used or not."""
-    with closing(Answers(f"{output.url}/{ANSWERS}", output.access)) as kept:
-        return sum(answer.prompt_tokens for answer in kept.all()), sum(answer.completion_tokens for answer in kept.all())
+    return answers.tokens(answers.read(output, ANSWERS).values())
 
 
 def _calls(brief: Brief, added: dict[str, int], calls: dict[str, int]) -> Iterator[Brainstorm]:

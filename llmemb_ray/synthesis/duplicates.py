@@ -13,6 +13,7 @@ import json
 import re
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,18 +93,15 @@ def _without(output: Storage, run_key: str, commit: Made, found: dict[int, tuple
     before = [parquet.read(output.read(commit.rejects))] if commit.rejects else []
     rejects = pa.concat_tables([*(one.cast(REJECT_ROWS) for one in before), pa.Table.from_pylist(moved, schema=REJECT_ROWS)]).sort_by("row")
     attempt = uuid.uuid4().hex[:12]
-    reasons = dict(commit.reasons)
-    for row in moved:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
     made = replace(
         commit,
         attempt=attempt,
         accepted=kept.num_rows,
         duplicates=commit.duplicates + len(moved),
-        reasons=reasons,
-        notes=_counts([note for notes in kept["notes"].to_pylist() for note in notes]),
-        families=_counts(kept["family"].to_pylist()),
-        languages=_counts(kept["language"].to_pylist()),
+        reasons=dict(Counter(commit.reasons) + Counter(row["reason"] for row in moved)),
+        notes=dict(Counter(note for notes in kept["notes"].to_pylist() for note in notes)),
+        families=dict(Counter(kept["family"].to_pylist())),
+        languages=dict(Counter(kept["language"].to_pylist())),
         **put_examples(output, run_key, commit.unit, attempt, kept),
         **put_rejects(output, run_key, commit.unit, attempt, rejects),
     )
@@ -115,10 +113,6 @@ def _reject(row: dict[str, Any], stays: int, reason: str) -> dict[str, Any]:
     texts = json.dumps({name: row[name] for name in TEXTS}, ensure_ascii=False)
     kind = "as" if reason == EXACT else "nearly as"
     return {name: row[name] for name in REJECT_ROWS.names if name in row} | {"raw": texts, "reason": reason, "detail": f"the same {kind} row {stays}"}
-
-
-def _counts(names: Sequence[str]) -> dict[str, int]:
-    return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
 def _shards(output: Storage, commits: Sequence[Made]) -> Iterator[pa.Table]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Iterable, Iterator
 from collections.abc import Generator as Generating
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
+from llmemb_ray.generation import answers
 from llmemb_ray.generation.answers import Answers
 from llmemb_ray.generation.generator import Answer, Generator, Prompt
 from llmemb_ray.storage import Storage, is_temporary
@@ -143,12 +143,6 @@ class InProcess:
 
 def kept_tokens(output: Storage, committed: Container[str]) -> tuple[int, int]:
     """(prompt tokens, tokens of answers) of the answers that are kept for units without a commit. committed: names of the others."""
-    total = [0, 0]
-    for entry in output.list(ANSWERS):
-        if is_temporary(entry.path) or entry.path.removeprefix(f"{ANSWERS}/").removesuffix(".jsonl") in committed:
-            continue
-        with closing(Answers(f"{output.url}/{entry.path}", output.access)) as kept:
-            for answer in kept.all():
-                total[0] += answer.prompt_tokens
-                total[1] += answer.completion_tokens
-    return total[0], total[1]
+    paths = [entry.path for entry in output.list(ANSWERS) if not is_temporary(entry.path)]
+    waiting = [path for path in paths if path.removeprefix(f"{ANSWERS}/").removesuffix(".jsonl") not in committed]
+    return answers.tokens(answer for path in waiting for answer in answers.read(output, path).values())

@@ -5,17 +5,15 @@ Invariant: reads alone, also while a job is at work there. What would stop ``syn
 
 from __future__ import annotations
 
-import json
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
 from llmemb_ray.config import SynthesizeSettings
-from llmemb_ray.errors import NotFound
+from llmemb_ray.generation import answers
 from llmemb_ray.storage import Storage
 from llmemb_ray.synthesis import brainstorming, execution
 from llmemb_ray.synthesis.commits import RECORDS
@@ -63,14 +61,14 @@ class Standing:
             asked = replace(asked, names=(record.generator if record else str(made and made.made_of.get("generator")),))
         pool = None if settings.overwrite else brainstorming.standing(output, [asked.brief.identity(name) for name in asked.names])
         if record is None:
-            thought = () if settings.overwrite else tuple(_answers(output, brainstorming.ANSWERS))
+            thought = {} if settings.overwrite else answers.read(output, brainstorming.ANSWERS)
             return cls(
                 pool=Pool(asked.brief.given) if pool is None else pool,
                 brainstorms=pool is None,
-                calls=dict(Counter(key.split(" ")[0] for name, key, _ in thought if name in asked.names)) if pool is None else {},
+                calls=dict(Counter(key.split(" ")[0] for name, key in thought if name in asked.names)) if pool is None else {},
                 examples=settings.count,
                 open_rows=[range(settings.count)],
-                spent=_tokens(answer for _, _, answer in thought),
+                spent=answers.tokens(thought.values()),
             )
         name = record.generator if record.generator in asked.names else asked.names[0]
         if pool is None:
@@ -84,15 +82,13 @@ class Standing:
         commits = RECORDS.read_all(output)
         done = {commit.unit for commit in commits}
         waiting = [unit for unit in record.units() if unit.name not in done]
-        under_way = {entry.path.rpartition("/")[2].removesuffix(".jsonl"): tuple(_answers(output, entry.path)) for entry in output.list(execution.ANSWERS)}
-        kept = {int(key): answer for unit in waiting for name, key, answer in under_way.get(unit.name, ()) if name == record.generator}
+        under_way = {entry.path.rpartition("/")[2].removesuffix(".jsonl"): answers.read(output, entry.path) for entry in output.list(execution.ANSWERS)}
+        kept = {int(key): answer for unit in waiting for (name, key), answer in under_way.get(unit.name, {}).items() if name == record.generator}
         rows = sum(commit.rows for commit in commits) + len(kept)
-        of_kept = _tokens(kept.values())
-        prompts, answers = (sum(getattr(commit, name) for commit in commits) for name in ("prompt_tokens", "completion_tokens"))
-        others = [answer for entries in under_way.values() for _, _, answer in entries]
-        others += [answer for _, _, answer in _answers(output, brainstorming.ANSWERS)]
-        of_others = _tokens(others)
-        told = rows > 0 and prompts + of_kept[0] > 0 and answers + of_kept[1] > 0
+        of_kept = answers.tokens(kept.values())
+        prompts, completions = (sum(getattr(commit, name) for commit in commits) for name in ("prompt_tokens", "completion_tokens"))
+        of_others = answers.tokens(answer for entries in [*under_way.values(), answers.read(output, brainstorming.ANSWERS)] for answer in entries.values())
+        told = rows > 0 and prompts + of_kept[0] > 0 and completions + of_kept[1] > 0
         return cls(
             pool=pool,
             brainstorms=False,
@@ -102,8 +98,8 @@ class Standing:
             answered=rows,
             committed=rows - len(kept),
             accepted=sum(commit.accepted for commit in commits),
-            tokens=((prompts + of_kept[0]) / rows, (answers + of_kept[1]) / rows) if told else None,
-            spent=(prompts + of_others[0], answers + of_others[1]),
+            tokens=((prompts + of_kept[0]) / rows, (completions + of_kept[1]) / rows) if told else None,
+            spent=(prompts + of_others[0], completions + of_others[1]),
             rate=measured_rate(commits),
         )
 
@@ -119,22 +115,3 @@ class Standing:
         places = range(total) if total <= most else sorted(random.Random(seed).sample(range(total), most))
         rows = (self.open_rows[found][place - ends[found]] for place in places for found in [bisect_right(ends, place)])
         return [row for row in rows if row not in self.kept]
-
-
-def _answers(output: Storage, path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(generator, key of the prompt, answer) of kept answers. ``Answers`` would mend a file that a job may be writing at this moment."""
-    try:
-        data = output.read(path)
-    except NotFound:
-        return
-    found = {}
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
-        record = json.loads(line)
-        found[record["asked"], record["prompt"]] = record["answer"]
-    for (name, key), answer in found.items():
-        yield name, key, answer
-
-
-def _tokens(answers: Any) -> tuple[int, int]:
-    kept = list(answers)
-    return sum(answer["prompt_tokens"] for answer in kept), sum(answer["completion_tokens"] for answer in kept)

@@ -15,7 +15,7 @@ from llmemb_ray.reporting.accounts import Throughput, Worked, rates
 from llmemb_ray.reporting.synthesis.reading import Lengths, Reading, Reason, Sample, Tally, ordered
 from llmemb_ray.storage import Storage
 from llmemb_ray.synthesis import brainstorming, tasks
-from llmemb_ray.synthesis.receipt import sums
+from llmemb_ray.synthesis.receipt import Receipt
 from llmemb_ray.synthesis.record import Synthesis
 from llmemb_ray.synthesis.spending import Spending
 
@@ -27,8 +27,6 @@ TASKS_SHOWN = 10
 
 BATCH = 1000
 """Rows of a shard that stand in memory as Python objects."""
-
-_SUMMED = ("accepted", "rejected", "duplicates", "prompt_tokens", "completion_tokens", "retries", "shard_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +120,17 @@ def _accounts(synthesis: Synthesis) -> dict[str, Any]:
     receipt, commits, settings = synthesis.receipt, synthesis.commits, synthesis.record.settings
     if receipt is not None:
         return receipt.to_dict()
-    found: dict[str, Any] = {name: sum(getattr(commit, name) for commit in commits) for name in _SUMMED}
     made = brainstorming.accounts(synthesis.storage)
-    of_tasks = (made.prompt_tokens, made.completion_tokens) if made else (0, 0)
-    spent = Spending(price_in=settings.get("price_in"), price_out=settings.get("price_out"), budget=None, longest_answer=0)
-    cost = spent.of(found["prompt_tokens"] + of_tasks[0], found["completion_tokens"] + of_tasks[1]) if spent.priced else None
-    dictionaries = {name: sums(commits, name) for name in ("reasons", "notes", "families", "languages")}
-    asked = sum(commit.rows for commit in commits)
-    tokens = {"task_prompt_tokens": of_tasks[0], "task_completion_tokens": of_tasks[1]}
-    return found | dictionaries | tokens | {"asked": asked, "cost": cost, "seconds_wall": None}
+    so_far = Receipt.of(
+        commits,
+        run_key=synthesis.record.run_key,
+        generator=synthesis.record.generator,
+        of_tasks=(made.prompt_tokens, made.completion_tokens) if made else (0, 0),
+        spending=Spending(price_in=settings.get("price_in"), price_out=settings.get("price_out"), budget=None, longest_answer=0),
+        seconds_wall=0.0,
+        versions=synthesis.record.versions,
+    )
+    return so_far.to_dict() | {"seconds_wall": None}
 
 
 def _tasks(storage: Storage, read: Reading, with_text: bool) -> list[TaskUse]:
