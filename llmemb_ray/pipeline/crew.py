@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import ray
 
 from llmemb_ray.errors import EngineDied, LlmembError, RunFailed
-from llmemb_ray.pipeline.graph import Shape
+from llmemb_ray.pipeline.graph import Shape, use_threads
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +69,16 @@ class Crew(Generic[Held]):
                 logger.warning("no actor could start yet; what is free in the cluster: %s", ray.available_resources())
             for reference in done:
                 if reference in self._coming:
-                    self._get(reference, "while it loaded")
+                    self._get(reference, "while it loaded", "while it loaded")
                     self._up.append(self._coming.pop(reference))
                 else:
                     number, actor = under_way[reference]
-                    at_work = min(other for other, where in under_way.values() if where is actor)  # Calls are answered in their order.
-                    answer = self._get(reference, f"at item {at_work}")
+                    given = ", ".join(str(other) for other, where in sorted(under_way.values(), key=itemgetter(0)) if where is actor)
+                    answer = self._get(reference, f"at item {number}", f"with items {given} given to it")  # An answer may die with its actor.
                     del under_way[reference]
                     yield number, answer
 
-    def _get(self, reference: Any, when: str) -> Any:
+    def _get(self, reference: Any, when: str, at_death: str) -> Any:
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -86,7 +87,7 @@ class Crew(Generic[Held]):
             raise RunFailed(f"an actor failed {when}: {type(error.cause).__name__}: {error.cause}") from error
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
-            raise RunFailed(f"an actor died {self._attempts} times {when}: {reason}; what was answered stands, the same command continues") from error
+            raise RunFailed(f"an actor died {self._attempts} times {at_death}: {reason}; what was answered stands, the same command continues") from error
 
 
 class _Worker:
@@ -96,11 +97,7 @@ class _Worker:
         """load: a reference to the function, in a list so that Ray does not count it among what it must have to start an actor again."""
         self._load, self._held = load[0], None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if threads:
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # As the actors of the job do.
-            import torch
-
-            torch.set_num_threads(threads)
+        use_threads(threads)
 
     def load(self) -> None:
         if self._held is None:

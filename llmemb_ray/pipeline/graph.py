@@ -145,11 +145,7 @@ class EmbedUnits:
 
         self._job: Job = ray.get(job)
         self._ledger = ledger
-        if threads:
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # For engines with an OpenMP of their own; Ray sets it to the cores reserved.
-            import torch
-
-            torch.set_num_threads(threads)
+        use_threads(threads)
         self._pending = (0, 0)
         self._reported = time.monotonic()
         self._name = ray.get_runtime_context().get_actor_id()
@@ -239,12 +235,7 @@ def _record(unit: str, commit: Commit | None, error: str | None, *, fatal: str |
 
 def build(tasks: list[ReadTask], job: Any, ledger: Any, shape: Shape) -> Dataset:
     """The graph over some reading tasks. job: reference to a Job; ledger: actor handle."""
-    context = DataContext.get_current()
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1
-    context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+    settle_context()
     source = ray.data.from_arrow([pa.table({"task": [task.to_json()]}) for task in tasks])
     return source.map_batches(
         read_and_tokenize,
@@ -271,8 +262,7 @@ class Execution:
         self._shape = shape
         self._stopping = False
         self._idle_since = 0.0
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(settings.max_attempts, settings.retry_wait)
+        self.ledger = ledger_here(settings.max_attempts, settings.retry_wait)
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
         """(unit, commit or None, error or None) of each unit, as it is done. Raises the job's own error, unwrapped."""
@@ -304,12 +294,42 @@ class Execution:
         return time.monotonic() - self._idle_since > DRAIN_SECONDS
 
     def live(self) -> tuple[int, int, int]:
-        """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""
-        try:
-            rows, tokens, actors = ray.get(self.ledger.counts.remote(), timeout=0.5)
-        except ray.exceptions.RayError:
-            return 0, 0, 0
-        return rows, tokens, actors
+        """See ``counts_of``."""
+        return counts_of(self.ledger)
+
+
+def settle_context() -> None:
+    """Ray Data as graphs of units need it: each row a block of its own, and no end for want of progress, which it would look for in blocks."""
+    context = DataContext.get_current()
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1
+    context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+
+
+def ledger_here(max_attempts: int, retry_wait: float) -> Any:
+    """Handle of a ledger on the driver's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(max_attempts, retry_wait)
+
+
+def counts_of(ledger: Any) -> tuple[int, int, int]:
+    """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""
+    try:
+        rows, tokens, actors = ray.get(ledger.counts.remote(), timeout=0.5)
+    except ray.exceptions.RayError:
+        return 0, 0, 0
+    return rows, tokens, actors
+
+
+def use_threads(threads: int | None) -> None:
+    """Threads of an actor's model; None leaves them."""
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # For engines with an OpenMP of their own; Ray sets it to the cores reserved.
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def cause(error: BaseException) -> str:

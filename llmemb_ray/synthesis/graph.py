@@ -18,8 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.data import ActorPoolStrategy
 
 from llmemb_ray import errors
 from llmemb_ray.errors import EngineDied, LlmembError, NotFound, RunFailed
@@ -27,8 +26,8 @@ from llmemb_ray.generation import opening
 from llmemb_ray.generation.actors import ActorGenerator
 from llmemb_ray.generation.generator import Answer, Generator, Prompt
 from llmemb_ray.generation.tokens import ModelSpec
-from llmemb_ray.pipeline.graph import ACTOR_INIT_DEATHS, Shape, cause
-from llmemb_ray.pipeline.ledger import Directions, Ledger
+from llmemb_ray.pipeline.graph import Shape, cause, counts_of, ledger_here, settle_context, use_threads
+from llmemb_ray.pipeline.ledger import Directions
 from llmemb_ray.synthesis.commits import RECORDS, Made
 from llmemb_ray.synthesis.execution import Outcome
 from llmemb_ray.synthesis.units import Unit, Work, write
@@ -49,11 +48,7 @@ class Synthesize:
         self._name = ray.get_runtime_context().get_actor_id()
         self._failure: LlmembError | None = None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if threads:
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # As the actors of the embedding job do.
-            import torch
-
-            torch.set_num_threads(threads)
+        use_threads(threads)
         try:
             self._generator: Generator = opening.load(ray.get(spec))
         except LlmembError as error:
@@ -113,8 +108,7 @@ class OnRay:
 
     def __init__(self, spec: ModelSpec, shape: Shape, *, attempts: int) -> None:
         self._spec, self._shape, self._attempts = spec, shape, attempts
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._ledger = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(attempts, 1.0)
+        self._ledger = ledger_here(attempts, 1.0)
         self._brainstorming: ActorGenerator | None = None
 
     def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
@@ -128,12 +122,7 @@ class OnRay:
             yield from self._run(work, window)
 
     def _run(self, work: Work, waiting: Sequence[Unit]) -> Iterator[Outcome]:
-        context = DataContext.get_current()
-        context.target_max_block_size = 1
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.execution_no_progress_timeout_s = -1
-        context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+        settle_context()
         known = {"ledger": self._ledger, "threads": self._shape.threads, "attempts": self._attempts}
         dataset = ray.data.from_arrow([pa.table({"start": [unit.start], "rows": [unit.rows]}) for unit in waiting]).map_batches(
             Synthesize,
@@ -159,8 +148,4 @@ class OnRay:
             self._brainstorming = None
 
     def live(self) -> tuple[int, int, int]:
-        try:
-            rows, tokens, actors = ray.get(self._ledger.counts.remote(), timeout=0.5)
-        except ray.exceptions.RayError:
-            return 0, 0, 0
-        return rows, tokens, actors
+        return counts_of(self._ledger)

@@ -133,7 +133,7 @@ def test_what_killed_the_actors_is_named_and_the_search_goes_on(search: Callable
     def killed_at_three(*arguments: Any) -> Iterator[Any]:
         for number, outcome in run(*arguments):
             if number == 3:
-                raise RunFailed("an actor died 3 times at item 3: out of memory")
+                raise RunFailed("an actor died 3 times with items 3 given to it: out of memory")
             yield number, outcome
 
     with monkeypatch.context() as patched:

@@ -58,7 +58,7 @@ def test_work_whose_actor_dies_is_done_by_another_and_loading_that_fails_is_told
         answers = dict(crew.run(partial(dying, tmp_path / "died", False), range(8)))
         assert (tmp_path / "died").exists()
         assert answers == {number: number**2 + 1_000_000 for number in range(8)}
-        with pytest.raises(RunFailed, match=r"an actor died 3 times at item 3: .*the same command continues"):
+        with pytest.raises(RunFailed, match=r"an actor died 3 times with items (\d, )?3(, \d)? given to it: .*the same command continues"):
             dict(crew.run(partial(dying, tmp_path / "died", True), range(8)))
         crew.close()
         broken = Crew(partial(loaded_once, 1, broken=True), shape(), attempts=3)
