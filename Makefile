@@ -56,6 +56,7 @@ soak: $(READY)   ## the long proofs, an hour and more; their records go to bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/demonstrations.py
 	$(BIN)/python benchmarks/finetune.py memory
 	$(BIN)/python benchmarks/finetune.py steps
+	$(BIN)/python benchmarks/faults.py
 
 docs: $(READY)   ## write docs/reference.md from the commands
 	$(BIN)/python docs/make_reference.py

@@ -183,16 +183,20 @@ def plan(files: int) -> dict[str, Any]:
     return record
 
 
-def write(name: str, records: list[dict[str, Any]]) -> None:
-    RECORDS.mkdir(exist_ok=True)
+def head() -> dict[str, Any]:
+    """What every record says of its making."""
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
-    head = {
+    return {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, {processor}, {psutil.virtual_memory().total // 2**30} GiB, {platform.system()}",
         "versions": versions(),
     }
-    (RECORDS / f"{name}.json").write_text(json.dumps(head | {"records": records}, indent=1) + "\n")
+
+
+def write(name: str, records: list[dict[str, Any]]) -> None:
+    RECORDS.mkdir(exist_ok=True)
+    (RECORDS / f"{name}.json").write_text(json.dumps(head() | {"records": records}, indent=1) + "\n")
     if any("samples" in record for record in records):
         _plot(RECORDS / f"{name}.png", records)
 

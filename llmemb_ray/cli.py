@@ -32,7 +32,7 @@ from llmemb_ray.config import (
     SynthesizeSettings,
     VerifySettings,
 )
-from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError, OutputError, RunFailed
+from llmemb_ray.errors import CheckFailed, ConfigError, LlmembError, OutputError, RunFailed, printable
 from llmemb_ray.options import Commands, command
 
 click.rich_click.TEXT_MARKUP = None
@@ -79,7 +79,7 @@ def plan(settings: PlanSettings, as_json: bool) -> None:
     from llmemb_ray.pipeline.estimates import estimate, text
 
     made = estimate.preview(settings)
-    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else text.text(made))
+    _echo(json.dumps(made.to_dict(), indent=1) if as_json else text.text(made))
 
 
 @command(llmemb, "plan synthesize", SynthesizeSettings)
@@ -91,7 +91,7 @@ def plan_synthesize(settings: SynthesizeSettings, as_json: bool) -> None:
     from llmemb_ray.synthesis import estimate
 
     made = estimate.preview(settings)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
 @command(llmemb, "status", RunSettings)
@@ -102,7 +102,7 @@ def status(settings: RunSettings, as_json: bool) -> None:
     found = _opened(settings)
     state = found.status()
     if as_json:
-        click.echo(json.dumps(state, indent=1))
+        _echo(json.dumps(state, indent=1))
         return
     lines = {"run": state["run"], "state": state["state"], "model": state["model"], "rows": f"{state['rows']:,}"}
     lines["units"] = f"{state['units_done']:,} of {state['units']:,} committed"
@@ -139,14 +139,14 @@ def verify(settings: VerifySettings, as_json: bool) -> None:
     else:
         findings = check(found, level=settings.level, against=settings.against, allow_duplicate_ids=settings.allow_duplicate_ids)
     if as_json:
-        click.echo(json.dumps(findings.to_dict(), indent=1))
+        _echo(json.dumps(findings.to_dict(), indent=1))
         if not findings.sound:
             sys.exit(CheckFailed.exit_code)
         return
     findings.require()
     for note in findings.notes:
-        click.echo(f"note: {note}")
-    click.echo(findings.summary())
+        _echo(f"note: {note}")
+    _echo(findings.summary())
 
 
 @command(llmemb, "parity", ParitySettings)
@@ -159,7 +159,7 @@ def parity(settings: ParitySettings, as_json: bool) -> None:
     from llmemb_ray.pipeline.parity import text
 
     made = comparing.parity(settings, say=_say)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else text.text(made))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else text.text(made))
     made.require()
 
 
@@ -178,12 +178,12 @@ def search(settings: SearchSettings, as_json: bool) -> None:
         texts, missing = (None, None) if settings.no_text else show.texts_of(found.run, exact.hits(found.table))
         by_query = exact.hits_of(found.table, len(found.queries.texts))
         if as_json:
-            click.echo(json.dumps(show.to_json(found.run, found.queries, by_query, texts), indent=1, default=str, ensure_ascii=False))
+            _echo(json.dumps(show.to_json(found.run, found.queries, by_query, texts), indent=1, default=str, ensure_ascii=False))
         else:
             for line in show.lines(found.queries, by_query, texts):
-                click.echo(line)
+                _echo(line)
     for note in show.notes(found.run, missing, found.table.num_rows):
-        click.echo(f"note: {note}", err=True)
+        _echo(f"note: {note}", err=True)
 
 
 @command(llmemb, "export", ExportSettings)
@@ -197,12 +197,12 @@ def export(settings: ExportSettings, as_json: bool) -> None:
     chosen = {name: getattr(settings, name) for name in ("dtype", "raw", "faiss_factory", "overwrite", "allow_unfinished")}
     exported = write(run, settings.dest, to=settings.to, progress=not as_json, **chosen)
     if as_json:
-        click.echo(json.dumps(exported.to_dict(), indent=1))
+        _echo(json.dumps(exported.to_dict(), indent=1))
         return
-    click.echo(f"{exported.rows:,} vectors of {exported.dimension} dimensions as {exported.dtype}, {exported.bytes / 1e6:,.1f} MB in {exported.dest}")
+    _echo(f"{exported.rows:,} vectors of {exported.dimension} dimensions as {exported.dtype}, {exported.bytes / 1e6:,.1f} MB in {exported.dest}")
     if not exported.finished:
-        click.echo("note: the run is not finished; what is committed now is exported", err=True)
-    click.echo(f"to load it: {exported.how_to_load}")
+        _echo("note: the run is not finished; what is committed now is exported", err=True)
+    _echo(f"to load it: {exported.how_to_load}")
 
 
 @command(llmemb, "report", ReportSettings)
@@ -220,16 +220,16 @@ def report(settings: ReportSettings, as_json: bool) -> None:
         return
     facts = write(settings)
     if as_json:
-        click.echo(json.dumps({"page": settings.out} | facts.to_dict(), indent=1))
+        _echo(json.dumps({"page": settings.out} | facts.to_dict(), indent=1))
         return
     if facts.state != "finished":
-        click.echo(f"note: the run is {facts.state}; the page is of {facts.units_committed:,} of {facts.units:,} units")
-    click.echo(_accounts(facts.accounts))
+        _echo(f"note: the run is {facts.state}; the page is of {facts.units_committed:,} of {facts.units:,} units")
+    _echo(_accounts(facts.accounts))
     for finding in facts.health.findings:
-        click.echo(f"{'look' if finding.well is False else '    '}  {finding.name}: {finding.value}" + (f". {finding.says}" if finding.well is False else ""))
+        _echo(f"{'look' if finding.well is False else '    '}  {finding.name}: {finding.value}" + (f". {finding.says}" if finding.well is False else ""))
     for reason in facts.texts_missing:
-        click.echo(f"note: texts could not be read back: {reason}")
-    click.echo(f"{settings.out} is the page; open it in a browser")
+        _echo(f"note: texts could not be read back: {reason}")
+    _echo(f"{settings.out} is the page; open it in a browser")
 
 
 def _report_synthesis(settings: ReportSettings, found: Synthesis, as_json: bool) -> None:
@@ -237,13 +237,13 @@ def _report_synthesis(settings: ReportSettings, found: Synthesis, as_json: bool)
 
     facts = page.report(settings, found)
     if as_json:
-        click.echo(json.dumps({"page": settings.out} | facts.to_dict(), indent=1, ensure_ascii=False))
+        _echo(json.dumps({"page": settings.out} | facts.to_dict(), indent=1, ensure_ascii=False))
         return
     for banner in page.banners(facts):
-        click.echo(f"note: {banner}")
+        _echo(f"note: {banner}")
     counts = facts.accounts
-    click.echo(f"{counts['asked']:,} asked = {counts['accepted']:,} accepted + {counts['rejected']:,} rejected + {counts['duplicates']:,} duplicates")
-    click.echo(f"{settings.out} is the page; open it in a browser")
+    _echo(f"{counts['asked']:,} asked = {counts['accepted']:,} accepted + {counts['rejected']:,} rejected + {counts['duplicates']:,} duplicates")
+    _echo(f"{settings.out} is the page; open it in a browser")
 
 
 @command(llmemb, "evaluate", EvaluateSettings)
@@ -259,7 +259,7 @@ def evaluate(settings: EvaluateSettings, as_json: bool) -> None:
 
     if not (settings.study or settings.compare or settings.model):
         found = evaluate.contaminated(settings)
-        click.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
+        _echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
         return
     if settings.study:
         made = study.run(settings, evaluate=lambda one: evaluate.run(one, say=_say), say=_say)
@@ -272,8 +272,8 @@ def evaluate(settings: EvaluateSettings, as_json: bool) -> None:
         made = compare.compare([one])
         out, shown, lines = one.out, one.to_dict(), text.lines(one)
     page.write(made, Storage(absolute(out), settings.access))
-    click.echo(json.dumps(shown, indent=1, ensure_ascii=False) if as_json else "\n".join(lines))
-    click.echo(f"{out}/{page.NAME} is the page; open it in a browser", err=True)
+    _echo(json.dumps(shown, indent=1, ensure_ascii=False) if as_json else "\n".join(lines))
+    _echo(f"{out}/{page.NAME} is the page; open it in a browser", err=True)
     if made.failed:
         raise RunFailed(f"{len(made.failed)} of the study's evaluations failed: {', '.join(made.failed)}; the same command tries them again")
 
@@ -289,7 +289,7 @@ def finetune(settings: FinetuneSettings, as_json: bool) -> None:
 
     made = run(settings, say=_say)
     page.of(made, settings)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
 @command(llmemb, "export-model", ExportModelSettings)
@@ -298,7 +298,7 @@ def export_model(settings: ExportModelSettings, as_json: bool) -> None:
     from llmemb_ray.training.export_model import export_model as write
 
     made = write(settings)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
 @command(llmemb, "mine", MineSettings)
@@ -310,7 +310,7 @@ def mine(settings: MineSettings, as_json: bool) -> None:
     from llmemb_ray.mining import mine as mining
 
     made = mining.mine(settings, say=_say)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
 @command(llmemb, "synthesize", SynthesizeSettings)
@@ -322,10 +322,10 @@ def synthesize(settings: SynthesizeSettings, as_json: bool) -> None:
     from llmemb_ray.synthesis.job import synthesize as make
 
     made = make(settings)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
     if not as_json:
         next_ = "tasks.jsonl holds the tasks; the same command without --tasks-only goes on" if settings.tasks_only else "data holds the examples"
-        click.echo(f"{settings.out}/{next_}")
+        _echo(f"{settings.out}/{next_}")
 
 
 @llmemb.group()
@@ -343,7 +343,7 @@ def demos_build(settings: DemosBuildSettings, as_json: bool) -> None:
     from llmemb_ray.demonstrations.build import build
 
     made = build(settings, say=_say)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines()))
 
 
 @command(demos, "select", DemosSelectSettings)
@@ -355,7 +355,7 @@ def demos_select(settings: DemosSelectSettings, as_json: bool) -> None:
     from llmemb_ray.demonstrations.select import select
 
     made = select(settings, say=_say)
-    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines(settings.top)))
+    _echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else "\n".join(made.lines(settings.top)))
 
 
 @llmemb.command("demo")
@@ -387,8 +387,13 @@ def _opened(settings: RunSettings | VerifySettings | ReportSettings) -> Run | Sy
         raise
 
 
+def _echo(text: str, *, err: bool = False) -> None:
+    """Prints what may hold names and texts of a corpus; JSON stays the JSON it is."""
+    click.echo(printable(text), err=err)
+
+
 def _say(line: str) -> None:
-    click.echo(line, err=True)
+    _echo(line, err=True)
 
 
 def _accounts(receipt: dict[str, Any]) -> str:
@@ -401,40 +406,40 @@ def _accounts(receipt: dict[str, Any]) -> str:
 def _print_receipt(receipt: Receipt, output: str, as_json: bool) -> None:
     data = receipt.to_dict()
     if as_json:
-        click.echo(json.dumps(data, indent=1))
+        _echo(json.dumps(data, indent=1))
         return
-    click.echo(_accounts(data))
+    _echo(_accounts(data))
     shared = f", {data['tokens_shared']:,} more shared" if data["tokens_shared"] else ""
     if data["tokens_shared"] < data["tokens_shareable"]:
         shared += f" ({data['tokens_shared'] / data['tokens_shareable']:.0%} of the {data['tokens_shareable']:,} in the shared prefix)"
     padding = data["tokens_padding"] / max(1, data["tokens_computed"])
-    click.echo(
+    _echo(
         f"{data['units']:,} units, {data['dimension']} dimensions of {data['dtype']}, {data['shard_bytes'] / 1e6:,.1f} MB; "
         f"{data['tokens_computed']:,} tokens computed{shared}, {padding:.1%} padding; {data['truncated']:,} texts cut"
     )
     if data["vectors"] != data["rows_embedded"]:
-        click.echo(f"{data['vectors']:,} vectors, one for each chunk")
+        _echo(f"{data['vectors']:,} vectors, one for each chunk")
     if data["copied"] or data["reused"]:
         saved = data["tokens_copied"] / max(1, data["tokens"])
-        click.echo(f"not embedded again: {data['copied']:,} identical prompts, {data['reused']:,} prompts of an earlier run ({saved:.1%} of the tokens)")
+        _echo(f"not embedded again: {data['copied']:,} identical prompts, {data['reused']:,} prompts of an earlier run ({saved:.1%} of the tokens)")
     if data["reuse"].get("deleted"):
-        click.echo(f"{data['reuse']['deleted']:,} rows of {data['reuse']['run']} are no longer in the corpus: {output}/{data['reuse']['list']}")
+        _echo(f"{data['reuse']['deleted']:,} rows of {data['reuse']['run']} are no longer in the corpus: {output}/{data['reuse']['list']}")
     if data["clipped_share"]:
-        click.echo(f"{data['clipped_share']:.3%} of the values lay outside the calibration's ranges and were clipped")
+        _echo(f"{data['clipped_share']:.3%} of the values lay outside the calibration's ranges and were clipped")
     for url, problem in data["bad_files"].items():
-        click.echo(f"left out: {url} {problem}")
+        _echo(f"left out: {url} {problem}")
     if data["null_ids"]:
-        click.echo(f"note: {data['null_ids']:,} rows have a null id")
-    click.echo(f"{output}/data holds the vectors, {output}/_llmemb/receipt.json the accounts")
+        _echo(f"note: {data['null_ids']:,} rows have a null id")
+    _echo(f"{output}/data holds the vectors, {output}/_llmemb/receipt.json the accounts")
 
 
 def _print_table(lines: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(lines, indent=1))
+        _echo(json.dumps(lines, indent=1))
         return
     width = max(len(name) for name in lines)
     for name, value in lines.items():
-        click.echo(f"{name:<{width}}  {value}")
+        _echo(f"{name:<{width}}  {value}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -443,13 +448,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = llmemb.main(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="llmemb", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except LlmembError as error:
-        click.echo(f"llmemb: {error}", err=True)
+        _echo(f"llmemb: {error}", err=True)
         return error.exit_code
     except click.ClickException as error:
         error.show()
         return ConfigError.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("llmemb: stopped; what was committed stands, the same command continues", err=True)
+        _echo("llmemb: stopped; what was committed stands, the same command continues", err=True)
         return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1

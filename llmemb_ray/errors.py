@@ -21,11 +21,24 @@ Each class carries the exit code of the command line in ``exit_code``.
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but tab and line feed: what moves a terminal's cursor, writes its title or turns the direction of a line."""
+
+
+def printable(text: str) -> str:
+    """The text fit for a terminal: control characters, which a corpus may bring, as JSON escapes them."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
 
 class LlmembError(Exception):
-    """Base of every error that llmemb_ray raises on purpose."""
+    """Base of every error that llmemb_ray raises on purpose. Its text is printable, whatever names of files and columns stand in it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(LlmembError, ValueError):

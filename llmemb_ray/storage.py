@@ -176,7 +176,10 @@ class Storage:
         protocol, _ = fsspec.core.split_protocol(self._url)
         options = self.access.options_for(protocol or "file")
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self._url, use_listings_cache=False, **options)
+            # Not ``url_to_fs``: it takes "::" for a chain of file systems, and names of directories may hold it.
+            kind = fsspec.get_filesystem_class(protocol or "file")
+            self.fs = kind(**(kind._get_kwargs_from_urls(self._url) | {"use_listings_cache": False} | options))
+            self.root = kind._strip_protocol(self._url)
         except (ImportError, ValueError, TypeError) as error:
             raise StorageError(f"cannot open {redact(self._url)}: {error}") from error
         if _is_s3(self.fs):
@@ -280,7 +283,8 @@ class Storage:
         def find() -> dict[str, dict[str, Any]]:
             try:
                 if self._local:
-                    return {info["name"]: info for info in self._walk(self.full(path))}
+                    directory = self.full(path)
+                    return {info["name"]: info for info in self._walk(directory, (os.path.realpath(directory),))}
                 return self.fs.find(self.full(path), detail=True)  # type: ignore[no-any-return]
             except FileNotFoundError:
                 return {}
@@ -293,8 +297,11 @@ class Storage:
             if info.get("type") != "directory" and name != self.full(path).rstrip("/") + "/"
         ]
 
-    def _walk(self, directory: str) -> Iterator[dict[str, Any]]:
-        """Files below a local directory. fsspec's own ``find`` passes over what it cannot list, and does not follow links."""
+    def _walk(self, directory: str, above: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        """Files below a local directory. fsspec's own ``find`` passes over what it cannot list, and does not follow links.
+
+        above: where the directories that lead here lie; a link back to one of them is not followed.
+        """
         try:
             infos = self.fs.ls(directory, detail=True)
         except FileNotFoundError:
@@ -305,7 +312,9 @@ class Storage:
                 with contextlib.suppress(FileNotFoundError):
                     info = self.fs.info(entry["name"])
             if info["type"] == "directory":
-                yield from self._walk(info["name"])
+                place = os.path.realpath(info["name"])
+                if place not in above:
+                    yield from self._walk(info["name"], (*above, place))
             else:
                 yield info
 
@@ -345,15 +354,23 @@ class Storage:
         self.attempt("write", path, store)
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Deletes the objects; one that is already gone is no error."""
+        """Deletes the objects; one that is already gone is no error. Raises StorageError for what a link puts outside of this storage."""
 
         def remove(path: str) -> None:
+            self._require_inside(path)
             try:
                 self.attempt("delete", path, lambda: self.fs.rm_file(self.full(path)))
             except NotFound:
                 return
 
         _ = self.map(remove, list(paths))
+
+    def _require_inside(self, path: str) -> None:
+        if not self._local:
+            return
+        root, place = os.path.realpath(self.root), os.path.realpath(posixpath.dirname(self.full(path)))
+        if os.path.commonpath([root, place]) != root:
+            raise StorageError(f"refuses to delete {self.display(path)}: by a link it lies in {place}, outside of {self.url}; remove the link")
 
     def delete_tree(self, path: str) -> None:
         self.delete([entry.path for entry in self.list(path)])

@@ -13,9 +13,9 @@ SLOW_DOWN = b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please r
 
 
 class BadDay:
-    """Forwards to ``port``; of the requests, seeded, a share is refused with 503, a share is cut off, a share is answered late."""
+    """Forwards to ``port`` of ``host``, where it listens too; of the requests, seeded, shares are refused with 503, cut off, and answered late."""
 
-    def __init__(self, port: int, *, refused: float, cut: float, slow: float, slow_seconds: float, seed: int = 0) -> None:
+    def __init__(self, port: int, *, refused: float, cut: float, slow: float, slow_seconds: float, seed: int = 0, host: str = "127.0.0.1") -> None:
         chance, lock = random.Random(seed), threading.Lock()
         self.counts: Counter[str] = Counter()
         counts = self.counts
@@ -40,7 +40,7 @@ class BadDay:
                     counts["slow"] += 1
                     time.sleep(slow_seconds)
                 counts["forwarded"] += 1
-                upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                upstream = http.client.HTTPConnection(host, port, timeout=30)
                 upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
                 response = upstream.getresponse()
                 self.answer(response.status, dict(response.getheaders()), response.read())
@@ -62,9 +62,9 @@ class BadDay:
             def log_message(self, format: str, *args: object) -> None:
                 return
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads = True
-        self.endpoint_url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.endpoint_url = f"http://{host}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:

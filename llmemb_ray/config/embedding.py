@@ -11,6 +11,9 @@ from pydantic import field_validator, model_validator
 from llmemb_ray.config.base import ClusterSettings, ModelSettings, setting
 from llmemb_ray.storage import redact
 
+MAX_TEXT_BYTES = 16 * 2**20
+"""Bytes of a text at most, if not set: some ten books. To be cut into chunks, one of 16 MiB takes the tokenizer 2 GB of memory."""
+
 
 class EmbedSettings(ClusterSettings):
     """The embedding job."""
@@ -22,6 +25,9 @@ class EmbedSettings(ClusterSettings):
     keep_columns: list[str] = setting([], "Columns copied into the shards, separated by commas.", panel="Corpus", commas=True)
     filter: str | None = setting(None, "SQL condition on the columns; other rows are left out (needs duckdb).", panel="Corpus")
     limit_rows: int | None = setting(None, "Only the first N rows of the corpus.", panel="Corpus", ge=1)
+    max_text_bytes: int = setting(
+        MAX_TEXT_BYTES, "A row with a longer text, id or kept value is rejected (too_large) before it takes a worker's memory.", panel="Corpus", ge=1, le=2**30
+    )
     skip_bad_files: bool = setting(False, "Leave out files that cannot be read, and name them in the receipt.", panel="Corpus")
     chunk_tokens: int | None = setting(None, "Cut texts into chunks of at most N tokens, at sentence or word borders.", panel="Corpus", ge=1)
     chunk_overlap: int = setting(0, "Tokens that a chunk repeats from the one before; at most half of chunk_tokens.", panel="Corpus", ge=0)
@@ -42,6 +48,12 @@ class EmbedSettings(ClusterSettings):
     rows_per_unit: int | None = setting(None, "Rows in a unit; default: about a minute of one actor, at most 128 MB.", panel="Output", ge=1)
 
     window_units: int = setting(4000, "Units in one Ray Data execution; bounds what the driver holds.", panel="Cluster", ge=1)
+    stall_timeout: float = setting(
+        600.0, "Seconds without progress after which an actor that computes is ended and its unit tried again; loading does not count.", panel="Cluster", gt=0
+    )
+    stop_grace: float = setting(
+        100.0, "Seconds that units which are begun may take to be committed after SIGTERM or Ctrl-C; then the job ends without them.", panel="Cluster", ge=0
+    )
     deadline: str | None = setting(None, "Stop cleanly in time for this: 90m, 6h, 2d, or 2026-12-31T06:00 (local time unless it says).", panel="Cluster")
     max_cost: float | None = setting(None, "Stop cleanly before this command has cost so much; needs a price.", panel="Cluster", gt=0)
     price: float | None = setting(None, "Price of one GPU for an hour (of one actor, where there are no GPUs), in any currency.", panel="Cluster", gt=0)

@@ -16,6 +16,8 @@ class SearchSettings(StorageSettings):
     text: list[str] = setting([], "Query texts.", panel="Search", argument=True)
     top_k: int = setting(5, "Results for each query.", panel="Search", ge=1)
     model: str | None = setting(None, "Where the run's model is now, if not where it was; it must be the same.", panel="Search")
+    trust_remote_code: bool = setting(False, "Run the Python code that the model's repository brings; the run's own setting does not count.", panel="Search")
+    allow_pickle: bool = setting(False, "Load pickled weights (.bin), which can run code, where there are no safetensors.", panel="Search")
     no_text: bool = setting(False, "Show no texts of the rows found; they are read back from the corpus.", panel="Search")
     queries: str | None = setting(None, "File of queries in place of TEXT: .parquet, .jsonl, .csv, .tsv, or .txt with one a line.", panel="Queries")
     query_column: str | None = setting(None, "Column of the queries; default: query, else text.", panel="Queries")

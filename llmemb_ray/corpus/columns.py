@@ -1,18 +1,20 @@
 """Which columns a job takes from a corpus, and texts out of columns of any kind.
 
-Invariant: every row yields a text or the reason why it has none; a bad value never raises.
+Invariant: every row yields a text or the reason why it has none; a bad value never raises. A value longer than the selection allows is
+taken out of its batch as soon as that is decoded (``within``).
 """
 
 from __future__ import annotations
 
 import re
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmemb_ray.config.embedding import MAX_TEXT_BYTES
 from llmemb_ray.corpus.files import BadFile
 from llmemb_ray.errors import ConfigError
 
@@ -32,17 +34,22 @@ RESERVED = (
 )
 
 
+TOO_LARGE = "__too_large"
+"""Column of a batch: the bytes of the value that was taken out of a row, null where none was."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """The columns of a job.
 
-    text: a column (``a.b`` for a field of a struct) or a template such as ``'{title} {text}'``.
+    text: a column (``a.b`` for a field of a struct) or a template such as ``'{title} {text}'``; max_bytes: of a value in a column of text or bytes.
     """
 
     text: str
     id: str | None = None
     keep: tuple[str, ...] = ()
     filter: str | None = None
+    max_bytes: int = MAX_TEXT_BYTES
 
     def __post_init__(self) -> None:
         for name in self.keep:
@@ -74,7 +81,7 @@ class Selection:
     def with_default_id(self, schema: pa.Schema) -> Selection:
         """Takes a column ``id`` as the id where none is named and the corpus has one."""
         if self.id is None and "id" in schema.names:
-            return Selection(text=self.text, id="id", keep=self.keep, filter=self.filter)
+            return replace(self, id="id")
         return self
 
     def check(self, schema: pa.Schema, partitions: dict[str, Any]) -> dict[str, pa.DataType]:
@@ -99,6 +106,22 @@ class Selection:
             types[name] = pa.int64() if isinstance(partitions[name], int) else pa.string()
         return types
 
+    def within(self, table: pa.Table) -> pa.Table:
+        """The table with values of more than ``max_bytes`` null, and how many bytes they had in a column ``TOO_LARGE``."""
+        largest = pa.nulls(table.num_rows, pa.int64())
+        for name in dict.fromkeys((*self.text_columns, *((self.id,) if self.id else ()), *self.keep)):
+            top = name if name in table.column_names else name.split(".")[0]
+            values = column(table, name)
+            if not _is_text(values.type) or pa.types.is_null(values.type) or values.nbytes <= self.max_bytes:
+                continue
+            lengths = pc.binary_length(values).cast(pa.int64())
+            over = pc.fill_null(pc.greater(lengths, self.max_bytes), False)
+            if pc.any(over).as_py():
+                largest = pc.if_else(over, lengths, largest)
+                rows = pc.if_else(over, None, pa.array(range(table.num_rows), pa.int64()))  # ``if_else`` of the values would keep their bytes.
+                table = table.set_column(table.column_names.index(top), table.schema.field(top), table[top].take(rows))
+        return table.append_column(TOO_LARGE, largest)
+
     def texts(self, table: pa.Table) -> tuple[list[str | None], dict[int, tuple[str, str]]]:
         """The text of each row, None where it has none, and for those (reason, detail)."""
         columns = {name: _strings(column(table, name)) for name in self.text_columns}
@@ -118,6 +141,10 @@ class Selection:
                 else "".join(literal + (row[place[field]] or "" if field else "") for literal, field in parts).strip()
                 for row in rows
             ]
+        if TOO_LARGE in table.column_names:
+            for row, size in enumerate(table[TOO_LARGE].to_pylist()):
+                if size is not None:
+                    problems[row] = ("too_large", f"{size:,} bytes in one value, max_text_bytes allows {self.max_bytes:,}")
         for number, text in enumerate(texts):
             if number in problems:
                 texts[number] = None

@@ -14,14 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import InputError, NotFound, StorageError
 from llmemb_ray.storage import LIST_THREADS, Access, Storage, absolute, locate, redact
 
 ENDINGS = (".parquet", ".pq", ".parq")
 _GLOB = re.compile(r"[*?\[]")
 _WHOLE = re.compile(r"-?\d{1,18}")
+
+MAX_COLUMNS = 100_000
+"""Columns of a file at most, those inside structs counted: each costs some kilobytes where the file is opened."""
+
+MAX_GROUP_ROWS = 2**31
+"""Rows of a row group at most. A footer can promise more than any file holds; the plan would then have units without end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +135,11 @@ def footer(found: Found, access: Access) -> Footer:
         raise BadFile("is empty (0 bytes)")
     try:
         with storage.open(name, found.size) as reader:
-            metadata = pq.read_metadata(reader)
-            schema = metadata.schema.to_arrow_schema()
+            file = parquet.opened(reader)
+            metadata = file.metadata
+            if metadata.num_columns > MAX_COLUMNS:
+                raise BadFile(f"has {metadata.num_columns:,} columns; {MAX_COLUMNS:,} are read at most")
+            schema = parquet.plain_schema(file.schema_arrow)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"is not a whole Parquet file: {str(error).splitlines()[0]}") from error
     sizes: dict[str, int] = {}
@@ -140,6 +149,8 @@ def footer(found: Found, access: Access) -> Footer:
             chunk = row_group.column(column)
             sizes[chunk.path_in_schema] = sizes.get(chunk.path_in_schema, 0) + chunk.total_uncompressed_size
     rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    if not all(0 <= count <= MAX_GROUP_ROWS for count in rows):
+        raise BadFile(f"has a row group of {max(rows, key=abs):,} rows by its footer; {MAX_GROUP_ROWS:,} are read at most")
     return Footer(group_rows=rows, column_bytes=sizes, schema=schema)
 
 

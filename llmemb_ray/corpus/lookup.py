@@ -40,7 +40,7 @@ def texts_at(files: Sequence[PlannedFile], selection: Selection, access: Access,
     found = Texts()
     if not by_file:
         return found
-    bare = Selection(text=selection.text)
+    bare = Selection(text=selection.text, max_bytes=selection.max_bytes)
 
     def one(index: int) -> Texts:
         return _in_file(files[index], bare, access, sorted(by_file[index]))

@@ -17,8 +17,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.corpus.files import ENDINGS, discover
 from llmemb_ray.errors import InputError, NotFound
 from llmemb_ray.storage import Access, absolute, locate, redact
@@ -137,9 +137,9 @@ def _parquet(url: str, access: Access, choose: Choose, setting: str) -> Rows:
     storage, name = locate(url, access)
     try:
         with storage.open(name) as reader:
-            file = pq.ParquetFile(reader)
+            file = parquet.opened(reader)
             for batch in file.iter_batches(BATCH_ROWS, columns=list(choose(file.schema_arrow.names))):
-                yield from batch.to_pylist()
+                yield from parquet.plain(pa.Table.from_batches([batch])).to_pylist()
     except NotFound as error:
         raise InputError(f"{setting}: {error}; check the path") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

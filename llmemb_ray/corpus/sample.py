@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from llmemb_ray.corpus.columns import Selection, alike, column, filtered
+from llmemb_ray.corpus.columns import TOO_LARGE, Selection, alike, column, filtered
 from llmemb_ray.corpus.reading import GLANCE_BUFFER_BYTES, batches, check_unchanged
 from llmemb_ray.corpus.units import PlannedFile
 from llmemb_ray.errors import InputError
@@ -141,5 +141,5 @@ def _selected(table: pa.Table, first: int, file: int, selection: Selection) -> p
     table = table.append_column(SOURCE_ROW, pa.array(np.arange(first, first + table.num_rows)))
     if selection.filter:
         table = filtered(table, selection.filter)
-    names = [*selection.text_columns, *((selection.id,) if selection.id else ()), *selection.keep, SOURCE_FILE, SOURCE_ROW]
+    names = [*selection.text_columns, *((selection.id,) if selection.id else ()), *selection.keep, SOURCE_FILE, SOURCE_ROW, TOO_LARGE]
     return pa.table({name: column(table, name) for name in dict.fromkeys(names)})

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.config.demonstrations import STSB_TRAIN
 from llmemb_ray.demonstrations.candidates import json_object, numbered_lines
 from llmemb_ray.errors import ConfigError, InputError, NotFound
@@ -128,9 +128,9 @@ def _of_parquet(url: str, column: str | None, access: Access | None) -> list[Any
     storage, name = locate(absolute(url), access or Access())
     try:
         with storage.open(name) as reader:
-            file = pq.ParquetFile(reader)
+            file = parquet.opened(reader)
             chosen = _column(file.schema_arrow.names, column, redact(url))
-            values = file.read([chosen]).column(chosen)
+            values = parquet.plain(file.read([chosen])).column(chosen)
     except NotFound as error:
         raise InputError(f"{error}; check the path") from error
     except (pa.ArrowException, OSError) as error:

@@ -200,12 +200,13 @@ def _strings(url: str, access: Access) -> Iterator[tuple[str, str]]:
 
 def _parquet(binary: Any, url: str) -> Iterator[tuple[str, str]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from llmemb_ray import parquet
 
     try:
-        file = pq.ParquetFile(binary)
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        for batch in parquet.opened(binary).iter_batches(batch_size=BATCH_ROWS):
+            table = parquet.plain(pa.Table.from_batches([batch]))
+            for name, column in zip(table.schema.names, table.columns, strict=True):
                 if _holds_text(column.type):
                     yield from ((path, text) for value in column.to_pylist() for path, text in _inside(value, name))
     except (pa.ArrowException, OSError) as error:

@@ -18,7 +18,7 @@ from llmemb_ray.generation.opening import load
 from llmemb_ray.generation.tokens import ModelSpec
 from llmemb_ray.generation.vllm_engine import VllmSpec
 from llmemb_ray.pipeline.crew import Crew
-from llmemb_ray.pipeline.graph import Shape, cluster
+from llmemb_ray.pipeline.shape import Shape, cluster
 
 VLLM_CHUNK = 256
 """Prompts in a call of an actor with vLLM: the engine fills its passes with many at once, and only a chunk's last ones leave it room."""

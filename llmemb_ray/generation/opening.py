@@ -128,7 +128,7 @@ def opened(settings: LLMSettings, specs: Mapping[str, ModelSpec] | None = None) 
         return
     from llmemb_ray.connection import connected
     from llmemb_ray.generation.actors import on_cluster
-    from llmemb_ray.pipeline.graph import shape
+    from llmemb_ray.pipeline.shape import shape
 
     cluster = settings.cluster()
     with connected(settings.ray_address):

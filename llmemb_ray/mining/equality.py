@@ -82,7 +82,7 @@ def look(run: Run, wanted: Ints, *, on_cluster: bool) -> Standing:
     Raises InputError for a file that changed or is gone, RunFailed where a task is lost.
     """
     files = [file for file in run.plan.files if file.problem is None]
-    selection = Selection(text=run.plan.selection.text)
+    selection = Selection(text=run.plan.selection.text, max_bytes=run.plan.selection.max_bytes)
     parts = (
         _on_cluster(files, selection, run.storage.access, wanted) if on_cluster else (_in_file(file, selection, run.storage.access, wanted) for file in files)
     )

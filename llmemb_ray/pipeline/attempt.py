@@ -11,6 +11,7 @@ import socket
 import time
 import uuid
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ import pyarrow.compute as pc
 from llmemb_ray.corpus.columns import id_values
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.errors import NotFound
-from llmemb_ray.pipeline.making import Isolation, Making, OnPack, Workshop
+from llmemb_ray.pipeline import metrics
+from llmemb_ray.pipeline.making import Computing, Isolation, Making, OnPack, Workshop
 from llmemb_ray.pipeline.prepare import Job, Prepared, reject_table
 from llmemb_ray.shards import commits, schema
 from llmemb_ray.shards.commits import Commit
@@ -42,15 +44,25 @@ def existing(job: Job, unit: str) -> Commit | None:
         return None
 
 
-def run(job: Job, prepared: Prepared, embedder: Embedder, workshop: Workshop, *, on_pack: OnPack | None = None, isolation: Isolation | None = None) -> Commit:
+def run(
+    job: Job,
+    prepared: Prepared,
+    embedder: Embedder,
+    workshop: Workshop,
+    *,
+    on_pack: OnPack | None = None,
+    isolation: Isolation | None = None,
+    computing: Computing = nullcontext,
+) -> Commit:
     """Makes one attempt and returns the commit: its own, or the one that already stood. Raises StorageError."""
     standing = existing(job, prepared.unit.name)
     if standing is not None:
         return standing
     precision = workshop.precision
     started = time.perf_counter()
-    made = Making(job, prepared, embedder, workshop, on_pack).vectors(isolation)
+    made = Making(job, prepared, embedder, workshop, on_pack, computing).vectors(isolation)
     seconds_making = time.perf_counter() - started
+    metrics.Meter("embed", job.run_key).computed(made.work)
     problems = made.failed | _unusable(made.vectors, made.failed, precision)
     rows, vectors, rejected = made.rows, made.vectors, prepared.rejected
     copied = made.copies

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import ray
 
 from llmemb_ray.errors import EngineDied, LlmembError, RunFailed
-from llmemb_ray.pipeline.graph import Shape, use_threads
+from llmemb_ray.pipeline.shape import Shape, use_threads
 
 logger = logging.getLogger(__name__)
 

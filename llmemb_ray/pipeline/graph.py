@@ -8,7 +8,6 @@ What leaves an actor is a record of one row; vectors go from the actor straight 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -16,34 +15,25 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmemb_ray import errors
-from llmemb_ray.config import ClusterSettings, EmbedSettings, parse_actors
-from llmemb_ray.connection import connected
-from llmemb_ray.errors import ConfigError, EngineDied, LlmembError, RunFailed
-from llmemb_ray.pipeline import attempt, calibrate
-from llmemb_ray.pipeline.ledger import Directions, Ledger
+from llmemb_ray.config import EmbedSettings
+from llmemb_ray.errors import EngineDied, LlmembError, RunFailed
+from llmemb_ray.pipeline import attempt, calibrate, metrics, stalls
+from llmemb_ray.pipeline.ledger import Directions
+from llmemb_ray.pipeline.ledger_actor import LedgerActor
 from llmemb_ray.pipeline.making import Isolation, Workshop
 from llmemb_ray.pipeline.prepare import Job, Prepared, ReadTask, prepare
+from llmemb_ray.pipeline.shape import Shape, use_threads
 from llmemb_ray.shards.commits import Commit
 
 logger = logging.getLogger(__name__)
-
-CPU_THREADS = 8
-"""Cores of an actor on a CPU node at most: beyond it one model's matrix products scale badly, another actor does not."""
-
-CPU_SHARE = 0.75
-"""Share of its cores that a CPU actor reserves; the rest is for reading and tokenising."""
-
-GPU_ACTOR_SHARE = 0.5
-"""Share of a GPU node's cores that its actors reserve together at most."""
 
 READ_CPUS = 0.25
 """Reserved by a task that reads and tokenises: it waits for storage half of its time."""
@@ -61,66 +51,6 @@ REPORT_SECONDS = 1.0
 
 DRAIN_SECONDS = 15.0
 """How long units that were read but not begun may take to leave a graph that stops, before it is cut off."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What the job takes of the cluster."""
-
-    least: int
-    most: int
-    gpus: float
-    cpus: float
-    threads: int | None
-    """Threads of a CPU actor; None on a GPU."""
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.gpus > 0
-
-
-@contextmanager
-def cluster(settings: ClusterSettings) -> Iterator[Shape]:
-    """Connects to the cluster that the settings name, or starts one here, and gives what the job takes of it.
-
-    A Ray that was up before stays up. Raises ConfigError if none answers or nothing fits.
-    """
-    with connected(settings.ray_address):
-        yield shape(settings)
-
-
-def shape(settings: ClusterSettings) -> Shape:
-    """Actors and their resources, from the settings and what the cluster has now. Raises ConfigError."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cluster_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    wanted = parse_actors(settings.actors)
-    gpus = settings.gpus_per_actor if settings.gpus_per_actor is not None else (float(settings.tensor_parallel) if cluster_gpus else 0.0)
-    if gpus:
-        return _gpu_shape(nodes, gpus, wanted, settings.cpus_per_actor)
-    largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
-    threads = max(1, round(settings.cpus_per_actor or min(CPU_THREADS, largest)))
-    room = sum(int(node.get("CPU", 0.0) // threads) for node in nodes)
-    if not room and not (wanted and settings.cpus_per_actor):
-        raise ConfigError(
-            f"cpus_per_actor: {threads} cores fit on no node of this cluster, the largest has {largest:g}; add CPU nodes, "
-            "or say both actors and cpus_per_actor to wait for nodes to come"
-        )
-    least, most = wanted or (1, room)
-    if least == most and room:
-        least = most = min(most, room)  # One more would take the cores that reading needs, and wait for ever.
-    return Shape(least=least, most=most, gpus=0, cpus=threads * CPU_SHARE, threads=threads)
-
-
-def _gpu_shape(nodes: list[dict[str, float]], gpus: float, wanted: tuple[int, int] | None, wanted_cpus: float | None) -> Shape:
-    places = [int(node.get("GPU", 0.0) / gpus + 1e-9) for node in nodes]
-    room = sum(places)
-    if not room and wanted is None:
-        raise ConfigError(f"gpus_per_actor: {gpus:g} GPUs are free on no node of this cluster; add GPU nodes, or say how many actors to wait for")
-    least, most = wanted or (1, room)
-    # Ray would reserve a whole core for each actor and could leave none to read and tokenise with.
-    cores = [GPU_ACTOR_SHARE * node.get("CPU", 0.0) / place for node, place in zip(nodes, places, strict=True) if place]
-    cpus = wanted_cpus if wanted_cpus is not None else round(min([1.0, *cores]), 3)
-    return Shape(least=least, most=most, gpus=gpus, cpus=cpus, threads=None)
 
 
 def read_and_tokenize(batch: pa.Table, job: Any, ledger: Any) -> Iterator[pa.Table]:
@@ -149,7 +79,8 @@ class EmbedUnits:
         self._pending = (0, 0)
         self._reported = time.monotonic()
         self._name = ray.get_runtime_context().get_actor_id()
-        ledger.hello.remote(self._name)
+        self._meter = metrics.Meter("embed", self._job.run_key)
+        ledger.loads.remote(self._name)
         self._failure: LlmembError | None = None
         try:
             self._embedder = Embedder(self._job.spec)
@@ -162,9 +93,14 @@ class EmbedUnits:
                 os._exit(1)
             # Told by the first call: Ray would take an error here for a lost actor, and try again for long.
             self._failure = error
-        ledger.hello.remote(self._name)
+        ledger.arrived.remote(self._name, ray.get_runtime_context().get_node_id(), os.getpid())
+        self._meter.loaded(restarted=ray.get_runtime_context().was_current_actor_reconstructed)
 
     def __call__(self, envelope: pa.Table) -> pa.Table:
+        with self._meter.call():
+            return self._embed(envelope)
+
+    def _embed(self, envelope: pa.Table) -> pa.Table:
         prepared = Prepared.from_envelope(envelope)
         unit = prepared.unit
         if self._failure is not None:
@@ -174,7 +110,11 @@ class EmbedUnits:
         self._ledger.hello.remote(self._name)
         if not ray.get(self._ledger.may_begin.remote(unit.name)):
             return _record(unit.name, None, None)
-        directions: Directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows))
+        directions: Directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows, self._name))
+        if directions.give_up:
+            return _record(unit.name, None, directions.give_up, fatal="RunFailed")
+        if directions.attempt > 1:
+            self._meter.unit_retried()
         time.sleep(directions.wait)
         isolation = None
         if directions.ranges is not None:
@@ -185,7 +125,9 @@ class EmbedUnits:
                 entering=lambda rows: ray.get(self._ledger.entering.remote(unit.name, rows)),
             )
         try:
-            commit = attempt.run(self._job, prepared, self._embedder, self._workshop, on_pack=self._on_pack, isolation=isolation)
+            commit = attempt.run(
+                *(self._job, prepared, self._embedder, self._workshop), on_pack=self._on_pack, isolation=isolation, computing=lambda: self._computing(unit.name)
+            )
         except EngineDied as error:
             return self._end(unit.name, str(error))
         except LlmembError as error:
@@ -193,6 +135,15 @@ class EmbedUnits:
             return _record(unit.name, None, str(error))
         self._ledger.done.remote(unit.name)
         return _record(unit.name, commit, None)
+
+    @contextmanager
+    def _computing(self, unit: str) -> Iterator[None]:
+        """Within it the ledger waits for signs of this actor."""
+        self._ledger.computing.remote(self._name, unit)
+        try:
+            yield
+        finally:
+            self._ledger.computing.remote(self._name, None)
 
     def _end(self, unit: str, words: str) -> pa.Table:
         """Ends this process, whose engine is of no use any more: Ray starts another actor, and the unit comes again."""
@@ -203,6 +154,7 @@ class EmbedUnits:
         os._exit(1)
 
     def _on_pack(self, rows: int, tokens: int) -> None:
+        self._meter.passed(tokens)
         self._pending = (self._pending[0] + rows, self._pending[1] + tokens)
         now = time.monotonic()
         if now - self._reported >= REPORT_SECONDS:
@@ -262,40 +214,37 @@ class Execution:
         self._shape = shape
         self._stopping = False
         self._idle_since = 0.0
-        self.ledger = ledger_here(settings.max_attempts, settings.retry_wait)
+        known = (settings.max_attempts, settings.retry_wait, settings.stall_timeout, settings.storage_retry_seconds)
+        self.ledger = LedgerActor(metrics.Meter("embed", job.run_key), *known)
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
         """(unit, commit or None, error or None) of each unit, as it is done. Raises the job's own error, unwrapped."""
-        dataset = build(tasks, self._job, self.ledger, self._shape)
-        try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for row in batch.to_pylist():
-                    if row["fatal"]:
-                        raise getattr(errors, row["fatal"])(row["error"])
-                    commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
-                    if commit is not None or row["error"] is not None:
-                        yield row["unit"], commit, row["error"]
-                    if self._drained_for_long():
-                        return
-        except (ray.exceptions.RayError, RuntimeError) as error:
-            raise RunFailed(f"the job stopped: {cause(error)}; what was committed stands, the same command continues") from error
+        with stalls.ended(self.ledger.handle):
+            for row in records(build(tasks, self._job, self.ledger.handle, self._shape)):
+                commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
+                if commit is not None or row["error"] is not None:
+                    yield row["unit"], commit, row["error"]
+                if self._drained_for_long():
+                    return
 
     def stop(self) -> None:
         """Begins no more units; those begun are still finished."""
         self._stopping = True
-        with contextlib.suppress(ray.exceptions.RayError):  # It is told again every second.
-            ray.get(self.ledger.stop.remote())
+        self.ledger.stop()
+
+    def at_work(self) -> bool:
+        """Whether units are begun that are not committed yet, for all that is known."""
+        return self.ledger.at_work()
 
     def _drained_for_long(self) -> bool:
         """Whether the job stops, no unit is being worked on, and what was read already still comes through after a while."""
-        if not self._stopping or ray.get(self.ledger.at_work.remote()):
+        if not self._stopping or self.ledger.at_work():
             return False
         self._idle_since = self._idle_since or time.monotonic()
         return time.monotonic() - self._idle_since > DRAIN_SECONDS
 
     def live(self) -> tuple[int, int, int]:
-        """See ``counts_of``."""
-        return counts_of(self.ledger)
+        return self.ledger.live()
 
 
 def settle_context() -> None:
@@ -308,28 +257,16 @@ def settle_context() -> None:
     context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
 
 
-def ledger_here(max_attempts: int, retry_wait: float) -> Any:
-    """Handle of a ledger on the driver's node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(max_attempts, retry_wait)
-
-
-def counts_of(ledger: Any) -> tuple[int, int, int]:
-    """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""
+def records(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """What the actors tell of each unit, as it is done. Raises an error that no other unit would be spared, unwrapped, and RunFailed for Ray's own."""
     try:
-        rows, tokens, actors = ray.get(ledger.counts.remote(), timeout=0.5)
-    except ray.exceptions.RayError:
-        return 0, 0, 0
-    return rows, tokens, actors
-
-
-def use_threads(threads: int | None) -> None:
-    """Threads of an actor's model; None leaves them."""
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # For engines with an OpenMP of their own; Ray sets it to the cores reserved.
-        import torch
-
-        torch.set_num_threads(threads)
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                if row["fatal"]:
+                    raise getattr(errors, row["fatal"])(row["error"])
+                yield row
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise RunFailed(f"the job stopped: {cause(error)}; what was committed stands, the same command continues") from error
 
 
 def cause(error: BaseException) -> str:

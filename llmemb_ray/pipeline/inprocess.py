@@ -17,7 +17,7 @@ class Execution:
         self._job = job
         self._embedder = Embedder(job.spec)
         self._counts = [0, 0]
-        self._stopping = False
+        self._stopping = self._at_work = False
         self._workshop = Workshop(precision=calibrate.settled(job, self._embedder, calibrate.Alone()))
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
@@ -29,6 +29,7 @@ class Execution:
                 if prepared.error is not None:
                     yield prepared.unit.name, None, prepared.error
                     continue
+                self._at_work = True
                 try:
                     commit = attempt.run(self._job, prepared, self._embedder, self._workshop, on_pack=self._on_pack)
                 except EngineDied as error:
@@ -39,6 +40,8 @@ class Execution:
                 except LlmembError as error:
                     yield prepared.unit.name, None, str(error)
                     continue
+                finally:
+                    self._at_work = False
                 yield prepared.unit.name, commit, None
 
     def _on_pack(self, rows: int, tokens: int) -> None:
@@ -48,6 +51,9 @@ class Execution:
     def stop(self) -> None:
         """Begins no more units."""
         self._stopping = True
+
+    def at_work(self) -> bool:
+        return self._at_work
 
     def live(self) -> tuple[int, int, int]:
         return self._counts[0], self._counts[1], 1

@@ -6,6 +6,7 @@ call continues it. A finished run is left alone: calling again returns its recei
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +16,9 @@ from llmemb_ray import engines
 from llmemb_ray.config import EmbedSettings, parse_actors
 from llmemb_ray.embedders import models
 from llmemb_ray.errors import OutputError, RunFailed, RunStopped, UnhealthyVectors
-from llmemb_ray.pipeline import opening, planning
+from llmemb_ray.pipeline import metrics, opening, planning
 from llmemb_ray.pipeline.limits import Limits
+from llmemb_ray.pipeline.notice import Ended, Notice
 from llmemb_ray.pipeline.opening import Prospect
 from llmemb_ray.pipeline.parity import parity
 from llmemb_ray.pipeline.prepare import Job, ReadTask
@@ -34,7 +36,7 @@ from llmemb_ray.storage import Storage, is_temporary
 from llmemb_ray.written import command_line
 
 if TYPE_CHECKING:
-    from llmemb_ray.pipeline.graph import Shape
+    from llmemb_ray.pipeline.shape import Shape
 
 FAILURES_SHOWN = 5
 
@@ -51,6 +53,8 @@ class Execution(Protocol):
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]: ...
 
     def stop(self) -> None: ...
+
+    def at_work(self) -> bool: ...
 
     def live(self) -> tuple[int, int, int]: ...
 
@@ -74,9 +78,9 @@ def run(settings: EmbedSettings, *, quiet: bool = False) -> Receipt:
             reporter.say(f"trust_remote_code is set: Python code from {settings.model} runs in this job")
         if parse_actors(settings.actors) == (0, 0):
             return _run(settings, prospect, None, reporter)
-        from llmemb_ray.pipeline import graph
+        from llmemb_ray.pipeline.shape import cluster
 
-        with graph.cluster(settings) as shape:
+        with cluster(settings) as shape:
             return _run(settings, prospect, shape, reporter)
 
 
@@ -88,13 +92,13 @@ def _run(settings: EmbedSettings, prospect: Prospect, shape: Shape | None, repor
     prospect = replace(prospect, spec=spec)
     if settings.backend == "auto" and (spec.backend == "vllm" or engines.vllm_version()):  # Where there was a choice.
         reporter.say(f"backend: {spec.backend}, because {spec.backend_why}")
-    with lease.LeaseHolder(prospect.output, reporter.snapshot, waiting=reporter.say) as held:
+    with Notice().listening() as notice, lease.LeaseHolder(prospect.output, reporter.snapshot, waiting=reporter.say) as held:
         while True:
             plan, waiting = opening.plan_of(settings, prospect, actors=shape.most if shape else 1, gpu=gpu, say=reporter.say)
             receipt = Run(prospect.output).receipt
             if receipt is None:
                 _warn_versions(plan, reporter)
-                _embed_units(settings, plan, shape, prospect, reporter, held)
+                _embed_units(settings, plan, shape, prospect, reporter, held, notice)
                 _require_lease(held)
                 receipt = finish(plan, prospect.output, started, earlier=prospect.earlier)
             if not waiting:
@@ -123,8 +127,10 @@ def _warn_of_vectors(receipt: Receipt, reporter: Reporter) -> None:
         )
 
 
-def _embed_units(settings: EmbedSettings, plan: Plan, shape: Shape | None, prospect: Prospect, reporter: Reporter, held: lease.LeaseHolder) -> None:
-    """Runs every unit without a commit. Raises RunFailed if some could not be done, RunStopped at a deadline or budget."""
+def _embed_units(
+    settings: EmbedSettings, plan: Plan, shape: Shape | None, prospect: Prospect, reporter: Reporter, held: lease.LeaseHolder, notice: Notice
+) -> None:
+    """Runs every unit without a commit. Raises RunFailed if some could not be done, RunStopped at a deadline, budget or signal."""
     counts, output = reporter.counts, prospect.output
     done = commit_records.committed_units(output)
     committed_rows = sum(unit.rows for unit in plan.units() if unit.name in done)
@@ -158,15 +164,27 @@ def _embed_units(settings: EmbedSettings, plan: Plan, shape: Shape | None, prosp
 
         execution = graph.Execution(job, settings, shape)
 
+    meter = metrics.Meter("embed", plan.run_key)
+
     def live() -> tuple[int, int, int]:
         rows, tokens, actors = execution.live()
+        meter.standing(
+            units={"planned": counts.units_total, "committed": counts.units, "failed": counts.failed_units},
+            rows={"planned": counts.rows_total, "committed": counts.rows},
+        )
         return rows + committed_rows, tokens, actors
 
     failures: dict[str, str] = {}
-    with reporter.watching(live), limits.watching(lambda: execution.live()[2], execution.stop):
+    with (
+        contextlib.suppress(Ended),  # There is a reason then.
+        reporter.watching(live),
+        limits.watching(lambda: execution.live()[2], execution.stop),
+        notice.finishing(execution.stop, execution.at_work, grace=settings.stop_grace),
+    ):
         for tasks in windows(plan, done, settings.window_units):
             for unit, commit, error in execution.run(tasks):
                 if commit is not None:
+                    meter.committed(commit)
                     counts.units += 1
                     counts.rows += commit.rows
                     counts.tokens += commit.tokens
@@ -175,15 +193,17 @@ def _embed_units(settings: EmbedSettings, plan: Plan, shape: Shape | None, prosp
                     counts.not_finite += commit.reasons.get(NOT_FINITE, 0)
                     limits.took(commit.seconds_model + commit.seconds_wait + commit.seconds_write)
                 else:
+                    meter.unit_failed()
                     failures[unit] = str(error)
                     counts.failed_units = len(failures)
                 _require_lease(held)
                 _stop_if_broken(counts.not_finite, counts.rows - committed_rows, settings.max_nan)
-            if limits.reason:
+            if limits.reason or notice.reason:
                 break
-    if limits.reason and counts.units < counts.units_total and not failures:
+    reason = limits.reason or notice.reason
+    if reason and counts.units < counts.units_total and not failures:
         raise RunStopped(
-            f"stopped because {limits.reason}: {counts.units:,} of {counts.units_total:,} units are committed, nothing is lost. To continue:\n"
+            f"stopped because {reason}: {counts.units:,} of {counts.units_total:,} units are committed, nothing is lost. To continue:\n"
             f"  {command_line(settings)}"
         )
     if failures:

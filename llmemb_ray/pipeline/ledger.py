@@ -1,12 +1,14 @@
-"""What must outlive an embedder actor: how often a unit was tried, where it died, and live counts.
+"""What must outlive an embedder actor: how often a unit was tried, where it died or hung, and live counts.
 
-Invariant: a unit whose engine dies again and again is narrowed down, by halving, to the row at fault. Ray
-retries a dead actor's task for ever and does not tell it which attempt it is, so the count lives here.
+Invariant: a unit whose engine dies or hangs again and again is narrowed down, by halving, to the row at fault. Ray
+retries a dead actor's task for ever and does not tell it which attempt it is, so the count lives here. An actor counts as
+hung when it has begun units and given no sign for longer than any step of theirs may take; loading is no such step.
 The class knows no Ray; ``graph`` runs it as an actor beside the driver.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -18,6 +20,18 @@ ALIVE_SECONDS = 60.0
 
 HOPELESS_DEATHS = 100
 """Deaths of engines, without a unit done in between, that end the job: to find one row in a million takes about twenty."""
+
+HOPELESS_STALLS = 25
+"""The same for engines that hang, each of which costs ``stall_timeout``."""
+
+STORAGE_STEPS = 4
+"""Storage operations of an attempt, each retried for ``storage_retry_seconds``, between two signs: three writes and a look for a commit."""
+
+LOADING_SECONDS = 1800.0
+"""An actor that began to load so long ago, and has not arrived since, is not shown as loading."""
+
+UNWATCHED_SECONDS = 30.0
+"""Between two looks for hung actors: in a longer pause of the whole machine signs are missed, not missing."""
 
 LOADS_TRIED = 3
 """Loads that may fail for want of memory: that of an engine which was killed may not be free yet."""
@@ -34,12 +48,28 @@ class Directions:
     poison:     rows known to kill their engine
     wait:       seconds to wait first
     last_words: what the engine said when it died, if anything
+    give_up:    why the whole job is to end; empty, if it is not
+    attempt:    its number, from 1; no direction
     """
 
     ranges: list[Range] | None = None
     poison: tuple[int, ...] = ()
     wait: float = 0.0
     last_words: str = ""
+    give_up: str = ""
+    attempt: int = field(default=1, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stalled:
+    """An actor that hangs. node: hexadecimal id of its node; pid: of its process there; unit: what it computes, or another that it began."""
+
+    actor: str
+    node: str
+    pid: int
+    unit: str
+    seconds: float
+    """Since its last sign."""
 
 
 @dataclass
@@ -51,16 +81,33 @@ class _Unit:
     poison: set[int] = field(default_factory=set)
 
 
-class Ledger:
-    """max_attempts: attempts at a unit before its rows are told apart; retry_wait: seconds before the second of them, doubled for each further one."""
+@dataclass
+class _Actor:
+    node: str
+    pid: int
+    sign: float
+    units: set[str] = field(default_factory=set)
+    """Begun and not ended."""
+    computing: str | None = None
 
-    def __init__(self, max_attempts: int, retry_wait: float = 0.0) -> None:
+
+class Ledger:
+    """max_attempts: attempts at a unit before its rows are told apart; retry_wait: seconds before the second of them, doubled for each further one.
+
+    stall_timeout: seconds that may pass between two signs of an actor while it computes; storage_seconds: that it may retry a storage operation.
+    """
+
+    def __init__(self, max_attempts: int, retry_wait: float = 0.0, stall_timeout: float = math.inf, storage_seconds: float = 0.0) -> None:
         self._max_attempts, self._retry_wait = max_attempts, retry_wait
+        self._stall_timeout, self._storage_seconds = stall_timeout, storage_seconds
         self._units: dict[str, _Unit] = {}
-        self._deaths = self._load_failures = 0
+        self._actors: dict[str, _Actor] = {}
+        self._looked = time.monotonic()
+        self._deaths = self._stalls = self._load_failures = 0
         self._rows = 0
         self._tokens = 0
         self._seen: dict[str, float] = {}
+        self._loading: dict[str, float] = {}
         self._calibrator: str | None = None
         self._calibration: str | None = None
         self._active: set[str] = set()
@@ -68,7 +115,21 @@ class Ledger:
 
     def hello(self, actor: str) -> None:
         """An actor is at work now."""
-        self._seen[actor] = time.monotonic()
+        self._seen[actor] = now = time.monotonic()
+        if actor in self._actors:
+            self._actors[actor].sign = now
+
+    def loads(self, actor: str) -> None:
+        """An actor begins to load its model, in a new process: what it was at in an earlier one is no more."""
+        self._actors.pop(actor, None)
+        self._loading[actor] = time.monotonic()
+        self.hello(actor)
+
+    def arrived(self, actor: str, node: str, pid: int) -> None:
+        """An actor has its model, in this process of this node."""
+        self._loading.pop(actor, None)
+        self._actors[actor] = _Actor(node, pid, time.monotonic())
+        self.hello(actor)
 
     def calibrates(self, actor: str) -> bool:
         """Whether it is this actor's turn to make the calibration: the first that asks, or the next when that one has died."""
@@ -102,18 +163,24 @@ class Ledger:
         """Whether units that were begun are not done yet."""
         return bool(self._active)
 
-    def begin(self, unit: str, rows: int) -> Directions:
+    def begin(self, unit: str, rows: int, actor: str = "") -> Directions:
         """Counts an attempt. Waiting is for causes that pass; rows that are told apart are tried at once."""
         state = self._units.setdefault(unit, _Unit())
         state.attempts += 1
+        if self._stalls >= HOPELESS_STALLS:
+            return Directions(give_up=f"engines hang again and again, on no row in particular; the last one: {state.last_words or 'on another unit'}")
+        wait = min(LONGEST_WAIT, self._retry_wait * 2 ** (state.attempts - 2)) if 1 < state.attempts <= self._max_attempts else 0.0
+        if actor in self._actors:
+            self._actors[actor].units.add(unit)
+            self._actors[actor].sign = time.monotonic() + wait
         if state.attempts <= self._max_attempts:
-            return Directions(wait=min(LONGEST_WAIT, self._retry_wait * 2 ** (state.attempts - 2)) if state.attempts > 1 else 0.0)
+            return Directions(wait=wait, attempt=state.attempts)
         if not state.ranges:
             state.ranges = [(0, rows)]
         elif state.entered is not None:
             self._split(state, state.entered)
         state.entered = None
-        return Directions(ranges=list(state.ranges), poison=tuple(sorted(state.poison)), last_words=state.last_words)
+        return Directions(ranges=list(state.ranges), poison=tuple(sorted(state.poison)), last_words=state.last_words, attempt=state.attempts)
 
     @staticmethod
     def _split(state: _Unit, died_in: Range) -> None:
@@ -132,6 +199,25 @@ class Ledger:
         self._deaths += 1
         return self._deaths >= HOPELESS_DEATHS
 
+    def stalled(self) -> list[Stalled]:
+        """Actors that hang; their processes are to be ended, so that their units come again. One that does not end is told of anew when it is due again."""
+        now = time.monotonic()
+        paused, self._looked = now - self._looked, now
+        found = []
+        for name, actor in self._actors.items():
+            if paused > UNWATCHED_SECONDS:
+                actor.sign += paused
+            seconds = now - actor.sign
+            allowed = self._stall_timeout + (0.0 if actor.computing else STORAGE_STEPS * self._storage_seconds)
+            if not actor.units or seconds <= allowed:
+                continue
+            unit = actor.computing or min(actor.units)
+            found.append(Stalled(actor=name, node=actor.node, pid=actor.pid, unit=unit, seconds=seconds))
+            self._units.setdefault(unit, _Unit()).last_words = f"no progress for {seconds:.0f} s"
+            self._stalls += 1
+            actor.sign = now
+        return found
+
     def load_failed(self) -> bool:
         """An actor could not load its model for want of memory. Returns whether to give up, or to let another try."""
         self._load_failures += 1
@@ -141,15 +227,28 @@ class Ledger:
         """Rows of a unit are computed from now on; None: no longer."""
         self._units.setdefault(unit, _Unit()).entered = rows
 
+    def computing(self, actor: str, unit: str | None) -> None:
+        """An actor's engine is at a unit from now on; None: at none."""
+        if actor in self._actors:
+            self._actors[actor].computing = unit
+        self.hello(actor)
+
     def done(self, unit: str) -> None:
         """Forgets a unit that is committed, so that this never grows with the corpus."""
         self._units.pop(unit, None)
-        self._active.discard(unit)
-        self._deaths = 0
+        self._ended(unit)
+        self._deaths = self._stalls = 0
 
     def failed(self, unit: str) -> None:
         """A unit that ended without a commit, for a reason other than its engine's death."""
+        self._ended(unit)
+
+    def _ended(self, unit: str) -> None:
         self._active.discard(unit)
+        for actor in self._actors.values():
+            if unit in actor.units:
+                actor.units.discard(unit)
+                actor.sign = time.monotonic()
 
     def add(self, rows: int, tokens: int) -> None:
         """Rows and tokens computed since the last call; retried work counts again, so these are for display alone."""
@@ -160,3 +259,9 @@ class Ledger:
         """(rows, tokens, actors heard of lately)."""
         alive = sum(time.monotonic() - seen < ALIVE_SECONDS for seen in self._seen.values())
         return self._rows, self._tokens, alive
+
+    def standing(self) -> tuple[int, int, int]:
+        """(actors with a model, heard of lately; actors that load one; units begun and not done)."""
+        now = time.monotonic()
+        ready = sum(now - seen < ALIVE_SECONDS for actor, seen in self._seen.items() if actor not in self._loading)
+        return ready, sum(now - since < LOADING_SECONDS for since in self._loading.values()), len(self._active)

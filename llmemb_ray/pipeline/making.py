@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,9 @@ from llmemb_ray.shards.schema import CHUNK_COLUMNS
 
 OnPack = Callable[[int, int], None]
 """Called with (rows, tokens) of each pack that is done."""
+
+Computing = Callable[[], AbstractContextManager[None]]
+"""What is entered while the engine is at the unit's rows, and at no other's."""
 
 Floats = npt.NDArray[np.float32]
 Failures = dict[int, tuple[str, str]]
@@ -119,6 +122,7 @@ class Making:
     embedder: Embedder
     workshop: Workshop
     on_pack: OnPack | None = None
+    computing: Computing = nullcontext
 
     def vectors(self, isolation: Isolation | None) -> Made:
         prompts = self.prepared.accepted
@@ -157,10 +161,15 @@ class Making:
         """Embeds the prompts ``todo`` into their places in ``vectors``. turn: entered while they are computed."""
         tokens = self.prepared.tokens
         chosen = tokens if len(todo) == len(tokens) else tokens.take(todo.tolist())
-        result = self.embedder.embed_tokens(chosen, self.job.role, on_pack=self.on_pack, turn=turn)
+        result = self.embedder.embed_tokens(chosen, self.job.role, on_pack=self.on_pack, turn=self._turn(turn or nullcontext()))
         vectors[todo] = result.vectors
         failed |= {int(todo[row]): ("engine", detail) for row, detail in result.failed.items()}
         return result.work
+
+    @contextmanager
+    def _turn(self, turn: AbstractContextManager[None]) -> Iterator[None]:
+        with self.computing(), turn:
+            yield
 
     def _deduplicated(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures) -> tuple[Work, npt.NDArray[np.int64]]:
         """The same with each prompt once; also the prompts whose vector was copied and can be used."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from llmemb_ray import __version__, engines
 from llmemb_ray.config import EmbedSettings
+from llmemb_ray.config.embedding import MAX_TEXT_BYTES
 from llmemb_ray.corpus import files as corpus_files
 from llmemb_ray.corpus.columns import Selection, filtered
 from llmemb_ray.corpus.files import BadFile, Footer, Found
@@ -83,13 +84,16 @@ def identity(
             "chunk_tokens": settings.chunk_tokens,
             "chunk_overlap": settings.chunk_overlap,
             "chunk_pool": settings.chunk_pool,
-        },
+        }
+        | ({"max_text_bytes": selection.max_bytes} if selection.max_bytes != MAX_TEXT_BYTES else {}),
     }
 
 
 def find(settings: EmbedSettings) -> tuple[list[Found], Selection]:
     """The corpus as it is listed now. Raises InputError or ConfigError."""
-    selection = Selection(text=settings.text_column, id=settings.id_column, keep=tuple(settings.keep_columns), filter=settings.filter)
+    selection = Selection(
+        text=settings.text_column, id=settings.id_column, keep=tuple(settings.keep_columns), filter=settings.filter, max_bytes=settings.max_text_bytes
+    )
     return corpus_files.discover(settings.input, settings.access), selection
 
 

@@ -23,7 +23,7 @@ from llmemb_ray.errors import InputError
 from llmemb_ray.representation import Representation, Role
 
 if TYPE_CHECKING:
-    from llmemb_ray.pipeline.graph import Shape
+    from llmemb_ray.pipeline.shape import Shape
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,9 +76,9 @@ def pool(settings: ClusterSettings, spec: EmbedderSpec | None = None) -> Iterato
     if parse_actors(settings.actors) == (0, 0):
         yield _Alone(spec.on(models.default_device() == "cuda"))
         return
-    from llmemb_ray.pipeline import graph
+    from llmemb_ray.pipeline.shape import cluster
 
-    with graph.cluster(settings) as shape:
+    with cluster(settings) as shape:
         actors = _Actors(spec.on(shape.on_gpu), shape, attempts=settings.max_attempts)
         try:
             yield actors

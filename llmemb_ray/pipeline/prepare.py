@@ -24,6 +24,7 @@ from llmemb_ray.corpus.sample import Place, places
 from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
 from llmemb_ray.embedders.embedder import EmbedderSpec
 from llmemb_ray.errors import InputError, LlmembError
+from llmemb_ray.pipeline import metrics
 from llmemb_ray.representation import Prompter, Role, TokenRows
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Precision
@@ -180,12 +181,14 @@ def prepare(job: Job, task: ReadTask) -> Iterator[Prepared]:
     """The wanted units of a piece. What goes wrong with the file becomes the error of each unit still to come, what goes
     wrong with a unit's own rows (a filter that fails on one) the error of that unit alone."""
     RETRIES.take()
+    meter = metrics.Meter("embed", job.run_key)
     left = {unit.name: unit for unit in task.piece.units if unit.name in task.wanted}
     try:
-        for unit, table in read_units(task.file, task.piece, job.selection, job.access, task.wanted):
+        for unit, table in meter.reading(read_units(task.file, task.piece, job.selection, job.access, task.wanted)):
             del left[unit.name]
             try:
-                prepared = prepare_unit(job, unit, table)
+                with meter.tokenizing():
+                    prepared = prepare_unit(job, unit, table)
             except LlmembError as error:
                 prepared = _impossible(unit, error)
             except pa.ArrowException as error:

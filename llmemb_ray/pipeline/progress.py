@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from llmemb_ray.errors import printable
+
 LINE_SECONDS = 10.0
 """Between two lines in a log; the bar of a terminal is drawn every second."""
 
@@ -94,7 +96,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
         if not self._quiet:
-            (self._bar.console if self._bar else self._console).print(text, markup=False)
+            (self._bar.console if self._bar else self._console).print(printable(text), markup=False)
 
     def snapshot(self) -> dict[str, Any]:
         """The numbers, with rates per second, for the lease."""

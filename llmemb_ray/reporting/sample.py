@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.shards.commits import Commit
 from llmemb_ray.shards.run import Run, group_edges, opened
 from llmemb_ray.shards.schema import CHUNK_COLUMNS, raw_values
@@ -113,7 +114,7 @@ def _read(run: Run, commit: Commit, places: list[tuple[int, int]]) -> list[_Part
 def _group(run: Run, file: pq.ParquetFile, group: int, share: int) -> _Part:
     own = ["id"] if run.plan.selection.id else []
     wanted = [*own, "source_file", "source_row", "embedding", "n_tokens", "prompt_hash", *CHUNK_COLUMNS]
-    table = file.read_row_group(group, columns=[name for name in wanted if name in file.schema_arrow.names])
+    table = parquet.plain(file.read_row_group(group, columns=[name for name in wanted if name in file.schema_arrow.names]))
     lengths = np.bincount(table["n_tokens"].to_numpy()).astype(np.int64)
     chosen = table.take(pa.array(np.unique(np.linspace(0, table.num_rows - 1, min(share, table.num_rows)).astype(np.int64))))
     stored = raw_values(chosen["embedding"])

@@ -52,19 +52,20 @@ def search_table(run: Run, queries_QD: npt.NDArray[np.float32], *, top_k: int) -
     return exact.results(run, best)
 
 
-def embed_queries(run: Run, texts: list[str], *, model: str | None = None) -> Floats:
+def embed_queries(run: Run, texts: list[str], **chosen: Any) -> Floats:
     """float32 [Q, D]: the texts in the query role; embedded on a GPU node where the cluster has one, else in this process.
 
+    chosen: ``model``, ``trust_remote_code`` and ``allow_pickle`` of ``exact.load_embedder``.
     Raises what ``exact.load_embedder`` and ``exact.embed_queries`` raise.
     """
     if not ray.cluster_resources().get("GPU"):
-        return exact.embed_queries(exact.load_embedder(run, run.storage.access, model=model), texts)
-    vectors: Floats = _get(ray.remote(num_gpus=1)(_embed).remote(run.storage, texts, model))
+        return exact.embed_queries(exact.load_embedder(run, run.storage.access, **chosen), texts)
+    vectors: Floats = _get(ray.remote(num_gpus=1)(_embed).remote(run.storage, texts, chosen))
     return vectors
 
 
-def _embed(storage: Storage, texts: list[str], model: str | None) -> Floats:
-    return exact.embed_queries(exact.load_embedder(Run(storage), storage.access, model=model), texts)
+def _embed(storage: Storage, texts: list[str], chosen: dict[str, Any]) -> Floats:
+    return exact.embed_queries(exact.load_embedder(Run(storage), storage.access, **chosen), texts)
 
 
 def _scan(storage: Storage, precision: Precision, shards: Shards, queries_QD: Floats, top_k: int) -> Best:

@@ -43,15 +43,25 @@ class Hit:
         return asdict(self)
 
 
-def load_embedder(run: Run, access: Access | None = None, *, model: str | None = None, device: str | None = None) -> Embedder:
+def load_embedder(
+    run: Run,
+    access: Access | None = None,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Embedder:
     """The embedder that made a run's vectors. model: where its weights are now, if not where they were.
 
+    trust_remote_code, allow_pickle: as settings of the embedding job; that the run was made with them does not count, its plan is a file like any other.
     Raises RunMismatch, field by field, if the model found is not in the run's space; ModelError if there is none.
     """
     settings, plan = run.plan.settings, run.plan
     commit = plan.space["model"]
     values: dict[str, Any] = {"model": model or plan.model_name, "adapter": plan.adapter_name}
-    values |= {name: settings[name] for name in ("quantization", "trust_remote_code", "allow_pickle", "rope_theta", "sliding_window") if name in settings}
+    values |= {name: settings[name] for name in ("quantization", "rope_theta", "sliding_window") if name in settings}
+    values |= {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if model is None and not commit.startswith("sha256:"):
         values["revision"] = commit
     if access is not None:

@@ -37,12 +37,13 @@ def find(settings: SearchSettings) -> Found:
         queries = read_queries(settings.queries, settings.access, query_column=settings.query_column, id_column=settings.query_id_column)
     else:
         queries = Queries(settings.text)
+    chosen = settings.model_dump(include={"model", "trust_remote_code", "allow_pickle"})
     if not settings.on_cluster and settings.ray_address is None:
-        vectors = exact.embed_queries(exact.load_embedder(run, settings.access, model=settings.model), queries.texts)
+        vectors = exact.embed_queries(exact.load_embedder(run, settings.access, **chosen), queries.texts)
         return Found(run, queries, exact.search_table(run, vectors, top_k=settings.top_k), output)
     from llmemb_ray.connection import connected
     from llmemb_ray.search import cluster
 
     with connected(settings.ray_address):
-        vectors = cluster.embed_queries(run, queries.texts, model=settings.model)
+        vectors = cluster.embed_queries(run, queries.texts, **chosen)
         return Found(run, queries, cluster.search_table(run, vectors, top_k=settings.top_k), output)

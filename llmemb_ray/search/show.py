@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmemb_ray.corpus import lookup
+from llmemb_ray.errors import printable
 from llmemb_ray.search.exact import Hit
 from llmemb_ray.search.exact import hits as hits_in
 from llmemb_ray.search.queries import Queries
@@ -69,7 +70,7 @@ def lines(queries: Queries, hits: list[list[Hit]], texts: Texts | None) -> Itera
     for query, found in zip(queries.texts, hits, strict=True):
         yield beginning(query)
         for hit in found:
-            name = str(hit.id) if hit.id is not None else f"file {hit.source_file} row {hit.source_row}"
+            name = printable(str(hit.id)).replace("\n", "\\n") if hit.id is not None else f"file {hit.source_file} row {hit.source_row}"
             chunk = f" chunk {hit.chunk}" if hit.chunk is not None else ""
             text = next(following, None)
             yield f"  {hit.score:.4f}  {name}{chunk}" + (f"  {beginning(text)}" if text else "")

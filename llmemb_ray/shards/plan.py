@@ -20,6 +20,7 @@ from llmemb_ray.corpus.units import Piece, PlannedFile, Unit
 from llmemb_ray.errors import NotFound, OutputError, RunMismatch
 from llmemb_ray.representation.representation import Representation
 from llmemb_ray.representation.space import differences, digest
+from llmemb_ray.shards import records
 from llmemb_ray.shards.precision import Calibration, Dtype, Precision
 from llmemb_ray.storage import Storage
 
@@ -174,7 +175,7 @@ class Plan:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             layout = record.get("format") if isinstance(record, dict) else None
             raise OutputError(f"{storage.url} was written with layout {layout}; this version of llmemb_ray reads layout {FORMAT}")
-        path_of_files = str(record.get("files"))
+        path_of_files = records.inside(record.get("files"), storage.display(RECORD))
         files = storage.read(path_of_files)
         for path, said, found in (
             (RECORD, record.pop("digest", None), digest(record)),

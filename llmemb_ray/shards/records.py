@@ -1,11 +1,13 @@
 """Records of units that are done: one small object each, and one file for all of a finished run.
 
-Invariant: a record stands whole at one key a unit. What it says of the unit is for its own class to tell.
+Invariant: a record stands whole at one key a unit, and what it names lies in OUT: who can write a record cannot have a file elsewhere read.
+What it says of the unit is for its own class to tell.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, Generic, TypeVar
@@ -24,8 +26,21 @@ Record = TypeVar("Record")
 """A dataclass of integers, floats, strings and dictionaries, with a field ``unit``."""
 
 
+_INSIDE = re.compile(r"(?:[A-Za-z0-9_=-][A-Za-z0-9._=-]*/)*[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "str | None": (str, type(None)), "dict[str, int]": (dict,)}
+
+
 def path(unit: str) -> str:
     return f"{DIRECTORY}/{unit}.json"
+
+
+def inside(named: Any, origin: str) -> str:
+    """A path that a record names, relative to OUT. Raises OutputError where it would lead elsewhere. origin: the record."""
+    if not isinstance(named, str) or not _INSIDE.fullmatch(named):
+        raise OutputError(
+            f"{origin} names {named!r}, which is no file of this output; the record was altered: put it back as it was, or delete it and embed its unit again"
+        )
+    return named
 
 
 class Records(Generic[Record]):
@@ -34,6 +49,7 @@ class Records(Generic[Record]):
     def __init__(self, kind: type[Record]) -> None:
         self._kind = kind
         types: dict[str, str] = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]
+        self._types = types
         self._nested = [name for name, type_ in types.items() if type_.startswith("dict")]
         known = {"int": pa.int64(), "float": pa.float64()}
         self._schema = pa.schema([(name, known.get(type_, pa.string())) for name, type_ in types.items()])
@@ -44,9 +60,20 @@ class Records(Generic[Record]):
     def decoded(self, data: bytes, origin: str) -> Record:
         """Raises OutputError. origin: as it is named there."""
         try:
-            return self._kind(**json.loads(data))
+            return self._made(json.loads(data), origin)
         except (ValueError, TypeError) as error:
             raise OutputError(f"{origin} is no commit record of this version: {error}") from error
+
+    def _made(self, values: dict[str, Any], origin: str) -> Record:
+        """Raises OutputError, and TypeError for values of other types than the fields have."""
+        record = self._kind(**values)
+        for name, type_ in self._types.items():
+            if not isinstance(getattr(record, name), _TYPES[type_]):
+                raise TypeError(f"its {name} is no {type_}")
+        for name in ("unit", "shard", "rejects"):
+            if getattr(record, name) is not None:
+                inside(getattr(record, name), origin)
+        return record
 
     def committed_units(self, storage: Storage) -> set[str]:
         """Names of the units that are done: those with a record of their own, by listing alone, and the compacted ones."""
@@ -80,7 +107,7 @@ class Records(Generic[Record]):
             return []
         try:
             rows = parquet.read(data).to_pylist()
-            return [self._kind(**(row | {name: json.loads(row[name]) for name in self._nested})) for row in rows]
+            return [self._made(row | {name: json.loads(row[name]) for name in self._nested}, storage.display(COMPACTED)) for row in rows]
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise OutputError(f"{storage.display(COMPACTED)} holds no commit records of this version: {error}") from error
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import NotFound, OutputError
 from llmemb_ray.shards import commits as commit_records
 from llmemb_ray.shards import lease
@@ -123,7 +124,7 @@ def opened(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
     """One Parquet file of a run. Raises OutputError naming a file that is gone or broken, also for what goes wrong within the block."""
     try:
         with storage.open(path) as reader:
-            yield pq.ParquetFile(reader)
+            yield parquet.opened(reader)
     except NotFound as error:
         raise OutputError(f"{storage.display(path)} is named by a commit but is not there; run verify") from error
     except (pa.ArrowException, OSError) as error:
@@ -139,7 +140,7 @@ def read_groups(storage: Storage, path: str, columns: list[str] | None) -> Itera
     """The row groups of one Parquet file of the run. Raises OutputError naming a file that is gone or broken."""
     with opened(storage, path) as file:
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns=columns)
+            yield parquet.plain(file.read_row_group(group, columns=columns))
 
 
 def read_rows(storage: Storage, path: str, rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
@@ -149,7 +150,7 @@ def read_rows(storage: Storage, path: str, rows: npt.NDArray[np.int64], columns:
         edges = group_edges(file)
         groups = np.searchsorted(edges, wanted, side="right") - 1
         parts = [file.read_row_group(group, columns=columns).take(pa.array(wanted[groups == group] - edges[group])) for group in np.unique(groups).tolist()]
-    table = pa.concat_tables(parts)
+    table = parquet.plain(pa.concat_tables(parts))
     return table if np.array_equal(wanted, rows) else table.take(pa.array(order))
 
 

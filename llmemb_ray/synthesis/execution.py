@@ -6,6 +6,7 @@ under way at once, and each answer is kept until its unit is committed, so that 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Container, Iterable, Iterator
 from collections.abc import Generator as Generating
@@ -41,6 +42,12 @@ class Execution(Protocol):
     def run(self, work: Work, units: Iterable[Unit]) -> Generating[Outcome, None, None]:
         """What became of each unit; closed, it asks no more."""
 
+    def stop(self) -> None:
+        """Begins no more units; those begun are still finished."""
+
+    def at_work(self) -> bool:
+        """Whether units are begun that are not committed yet, for all that is known."""
+
     def live(self) -> tuple[int, int, int]:
         """(requests answered, tokens, generators at work) by this command."""
 
@@ -70,6 +77,7 @@ class InProcess:
     def __init__(self, generator: Generator, spending: Spending) -> None:
         self._generator, self._spending = generator, spending
         self._rows = self._tokens = 0
+        self._stopping = self._at_work = False
 
     def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
         numbered = self._spending.within(prompts)
@@ -86,9 +94,10 @@ class InProcess:
 
         def prompts() -> Iterator[Prompt]:
             number = 0
-            for unit in units:
+            for unit in itertools.takewhile(lambda _: not self._stopping, units):
                 one = self._open(work, unit)
                 opened[unit.name] = one
+                self._at_work = True
                 if len(one.answers) == unit.rows:
                     ready.append(one)
                     continue
@@ -118,6 +127,7 @@ class InProcess:
                 yield self._end(work, opened.pop(ready.pop().unit.name))
             yield from (Outcome(name, None, one.problem) for name, one in opened.items() if one.unanswered)
         finally:
+            self._at_work = False
             for one in list(opened.values()):
                 one.kept.close()
 
@@ -136,6 +146,12 @@ class InProcess:
         made = write(work, one.unit, one.requests, [one.answers[request.row] for request in one.requests], began=one.began)
         work.output.delete([f"{ANSWERS}/{one.unit.name}.jsonl"])
         return Outcome(one.unit.name, made)
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def at_work(self) -> bool:
+        return self._at_work
 
     def live(self) -> tuple[int, int, int]:
         return self._rows, self._tokens, 1

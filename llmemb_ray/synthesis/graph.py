@@ -26,8 +26,11 @@ from llmemb_ray.generation import opening
 from llmemb_ray.generation.actors import ActorGenerator
 from llmemb_ray.generation.generator import Answer, Generator, Prompt
 from llmemb_ray.generation.tokens import ModelSpec
-from llmemb_ray.pipeline.graph import Shape, cause, counts_of, ledger_here, settle_context, use_threads
+from llmemb_ray.pipeline import metrics
+from llmemb_ray.pipeline.graph import records, settle_context
 from llmemb_ray.pipeline.ledger import Directions
+from llmemb_ray.pipeline.ledger_actor import LedgerActor
+from llmemb_ray.pipeline.shape import Shape, use_threads
 from llmemb_ray.synthesis.commits import RECORDS, Made
 from llmemb_ray.synthesis.execution import Outcome
 from llmemb_ray.synthesis.units import Unit, Work, write
@@ -61,8 +64,11 @@ class Synthesize:
         if self._failure is not None:
             return _record(name, error=str(self._failure), fatal=type(self._failure).__name__)
         self._ledger.hello.remote(self._name)
+        if not ray.get(self._ledger.may_begin.remote(name)):
+            return _record(name)
         directions: Directions = ray.get(self._ledger.begin.remote(name, 1))
         if directions.ranges is not None:
+            self._ledger.failed.remote(name)
             return _record(name, error=f"the engine died {self._attempts} times at it{f': {directions.last_words}' if directions.last_words else ''}")
         time.sleep(directions.wait)
         try:
@@ -98,7 +104,10 @@ class Synthesize:
 
 
 def _record(name: str, *, made: Made | None = None, error: str | None = None, fatal: str | None = None) -> pa.Table:
-    """fatal: class of an error that no other item would be spared, by its name in ``errors``."""
+    """Neither commit nor error: the unit was not begun, because the job stops.
+
+    fatal: class of an error that no other item would be spared, by its name in ``errors``.
+    """
     values = {"name": name, "made": None if made is None else json.dumps(asdict(made)), "error": error, "fatal": fatal}
     return pa.table({key: pa.array([value], pa.string()) for key, value in values.items()})
 
@@ -108,7 +117,7 @@ class OnRay:
 
     def __init__(self, spec: ModelSpec, shape: Shape, *, attempts: int) -> None:
         self._spec, self._shape, self._attempts = spec, shape, attempts
-        self._ledger = ledger_here(attempts, 1.0)
+        self._ledger = LedgerActor(metrics.Meter("synthesize", ""), attempts, 1.0)  # Until there are units, there is no run key.
         self._brainstorming: ActorGenerator | None = None
 
     def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
@@ -123,7 +132,8 @@ class OnRay:
 
     def _run(self, work: Work, waiting: Sequence[Unit]) -> Iterator[Outcome]:
         settle_context()
-        known = {"ledger": self._ledger, "threads": self._shape.threads, "attempts": self._attempts}
+        self._ledger.meter = meter = metrics.Meter("synthesize", work.run_key)
+        known = {"ledger": self._ledger.handle, "threads": self._shape.threads, "attempts": self._attempts}
         dataset = ray.data.from_arrow([pa.table({"start": [unit.start], "rows": [unit.rows]}) for unit in waiting]).map_batches(
             Synthesize,
             fn_constructor_kwargs={"spec": ray.put(self._spec), "work": ray.put(work)} | known,
@@ -133,19 +143,22 @@ class OnRay:
             num_cpus=self._shape.cpus,
             **({"num_gpus": self._shape.gpus} if self._shape.on_gpu else {}),
         )
-        try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for row in batch.to_pylist():
-                    if row["fatal"]:
-                        raise getattr(errors, row["fatal"])(row["error"])
-                    yield Outcome(row["name"], Made(**json.loads(row["made"])) if row["made"] else None, row["error"])
-        except (ray.exceptions.RayError, RuntimeError) as error:
-            raise RunFailed(f"the job stopped: {cause(error)}; what was committed stands, the same command continues") from error
+        for row in records(dataset):
+            if row["made"] or row["error"] is not None:
+                made = Made(**json.loads(row["made"])) if row["made"] else None
+                meter.ended(made)
+                yield Outcome(row["name"], made, row["error"])
 
     def close(self) -> None:
         if self._brainstorming is not None:
             self._brainstorming.close()
             self._brainstorming = None
 
+    def stop(self) -> None:
+        self._ledger.stop()
+
+    def at_work(self) -> bool:
+        return self._ledger.at_work()
+
     def live(self) -> tuple[int, int, int]:
-        return counts_of(self._ledger)
+        return self._ledger.live()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from llmemb_ray.generation import opening
 from llmemb_ray.generation.generator import Answer, Prompt
 from llmemb_ray.generation.tokens import ModelSpec
 from llmemb_ray.pipeline import planning
+from llmemb_ray.pipeline.notice import GRACE_SECONDS, Ended, Notice
 from llmemb_ray.pipeline.progress import Counts, Reporter
 from llmemb_ray.representation.space import digest
 from llmemb_ray.shards import lease
@@ -58,7 +59,7 @@ def synthesize(settings: SynthesizeSettings, *, quiet: bool = False) -> Receipt 
         require_free(output)
         asked = Asked.of(settings)
         with lease.LeaseHolder(output, reporter.snapshot, waiting=reporter.say) as held:
-            made = _Job(settings, asked, output, reporter, held).run()
+            made = _Job(settings, asked, output, reporter, held, Notice()).run()
     if isinstance(made, Receipt):
         made.require_examples(output)
     return made
@@ -121,8 +122,8 @@ class Asked:
 
 
 class _Job:
-    def __init__(self, settings: SynthesizeSettings, asked: Asked, output: Storage, reporter: Reporter, held: lease.LeaseHolder) -> None:
-        self._settings, self._asked, self._output, self._reporter, self._held = settings, asked, output, reporter, held
+    def __init__(self, settings: SynthesizeSettings, asked: Asked, output: Storage, reporter: Reporter, held: lease.LeaseHolder, notice: Notice) -> None:
+        self._settings, self._asked, self._output, self._reporter, self._held, self._notice = settings, asked, output, reporter, held, notice
         self._started = time.monotonic()
 
     def run(self) -> Receipt | Brainstorming:
@@ -132,7 +133,7 @@ class _Job:
         pool = brainstorming.standing(self._output, [self._asked.brief.identity(name) for name in self._asked.names])
         if pool is not None and (done := self._done(record, pool)):
             return done
-        with self._executing() as (execution, generator):
+        with self._executing() as (execution, generator), self._notice.listening():  # Ray, once it starts, would hear signals itself.
             if pool is None:
                 self._require_same_tasks(record, generator)
                 pool = self._brainstorm(execution, generator)
@@ -208,7 +209,7 @@ class _Job:
             with opening.opened(settings, specs) as generator:
                 yield InProcess(generator, self._spending), self._asked.names[0]
             return
-        from llmemb_ray.pipeline.graph import cluster
+        from llmemb_ray.pipeline.shape import cluster
         from llmemb_ray.synthesis.graph import OnRay
 
         on_cluster = settings.cluster()
@@ -257,7 +258,12 @@ class _Job:
             rows, tokens, actors = execution.live()
             return rows + before, tokens, actors
 
-        with self._reporter.watching(live), closing(execution.run(work, waiting)) as outcomes:
+        with (
+            suppress(Ended),  # There is a reason then.
+            self._reporter.watching(live),
+            self._notice.finishing(execution.stop, execution.at_work, grace=GRACE_SECONDS),
+            closing(execution.run(work, waiting)) as outcomes,
+        ):
             for outcome in outcomes:
                 if outcome.made is not None:
                     counts.units += 1
@@ -277,7 +283,7 @@ class _Job:
                 f"{len(failures)} of {counts.units_total} units failed, the others are committed, their answers are kept:\n{shown}{more}\n"
                 "When the cause is mended, run the same command again: it asks only for what is missing."
             )
-        if self._spending.ended:
+        if self._spending.ended or (self._notice.reason and counts.units < counts.units_total):
             raise self._stopped(f"of {counts.units_total:,} units {counts.units_total - counts.units:,} are not done")
 
     def _require_lease(self) -> None:
@@ -286,6 +292,10 @@ class _Job:
 
     def _stopped(self, left: str) -> RunStopped:
         spending, settings = self._spending, self._settings
+        if self._notice.reason:
+            return RunStopped(
+                f"stopped because {self._notice.reason}: {left}, what was answered is kept. To continue:\n  {command_line(settings, 'synthesize')}"
+            )
         return RunStopped(
             f"stopped because the budget of {settings.budget:g} leaves no room for another request: {spending.cost:.4g} are spent; {left}, what was answered "
             f"is kept. To continue, with a larger --budget:\n  {command_line(settings, 'synthesize')}"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import NotFound, OutputError
 from llmemb_ray.storage import Storage
 
@@ -123,8 +124,8 @@ class Batches:
             if self._file is None or self._path != path:
                 self.close()
                 self._handle = self._storage.open(path)
-                self._file, self._path = pq.ParquetFile(self._handle), path
-            return self._file.read_row_group(number)
+                self._file, self._path = parquet.opened(self._handle), path
+            return parquet.plain(self._file.read_row_group(number))
         except (NotFound, pa.ArrowException, OSError) as error:
             shown = self._storage.display(path)
             raise OutputError(f"{shown} cannot be read: {error}; delete {self._storage.display(DIRECTORY)} and run the command again") from error

@@ -21,6 +21,7 @@ from llmemb_ray.config import FinetuneSettings
 from llmemb_ray.corpus import rows as corpus_rows
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
 from llmemb_ray.errors import LeaseHeld, NotFound, OutputError, RunFailed, RunMismatch
+from llmemb_ray.pipeline import metrics as exported
 from llmemb_ray.pipeline import planning
 from llmemb_ray.representation.space import differences
 from llmemb_ray.shards.lease import PATH as LEASE
@@ -216,7 +217,8 @@ def _train(job: Job, steps: int, say: Say, held: LeaseHolder) -> dict[str, Any]:
             ),
         )
         try:
-            with _shown(board, steps, say, held, f"{low} × {resources}"):
+            meter = exported.Meter("finetune", exported.key_of(redact(settings.out)))
+            with _shown(board, steps, say, held, f"{low} × {resources}", meter):
                 result = trainer.fit()
         except TrainingFailedError as error:
             _raise_told(board)
@@ -237,7 +239,7 @@ def _cpus(workers: int) -> float:
 
 
 @contextlib.contextmanager
-def _shown(board: Any, steps: int, say: Say, held: LeaseHolder, wanted: str) -> Iterator[None]:
+def _shown(board: Any, steps: int, say: Say, held: LeaseHolder, wanted: str, meter: exported.Meter) -> Iterator[None]:
     """Says each row that workers tell, and what they wait for, while the block runs."""
     import ray
 
@@ -245,11 +247,14 @@ def _shown(board: Any, steps: int, say: Say, held: LeaseHolder, wanted: str) -> 
 
     def show() -> None:
         began, said = False, time.monotonic()
+        last: dict[str, Any] = {}
         while True:
             ended = stop.wait(POLL_SECONDS)
             with contextlib.suppress(ray.exceptions.RayError):  # The training's own error matters more.
                 for row in ray.get(board.take.remote()):
                     say(metrics.line(row, steps))
+                    last |= row
+                meter.trained(last)
                 if held.lost is not None:
                     board.fail.remote(LeaseHeld(held.lost))
                 began = began or ray.get(board.began.remote())

@@ -139,7 +139,8 @@ def test_what_killed_the_actors_is_named_and_the_search_goes_on(search: Callable
     with monkeypatch.context() as patched:
         patched.setattr(pool._Alone, "run", killed_at_three)
         with pytest.raises(
-            RunFailed, match=r"(?s)item 3: out.*⇒ Leaving, or.*The 3 scores .* stand in .*/killed, .*leave the candidate out of .*candidates\.jsonl"
+            RunFailed,
+            match=r"(?s)items 3 given to it: out.*⇒ Leaving, or.*The 3 scores .* stand in .*/killed, .*leave the candidate out .*candidates\.jsonl",
         ):
             search("killed")
     resumed = search("killed")

@@ -12,12 +12,13 @@ import pytest
 import llmemb_ray
 from llmemb_ray.config import EmbedSettings
 from llmemb_ray.errors import ModelError, RunFailed
-from llmemb_ray.pipeline import graph, planning
+from llmemb_ray.pipeline import graph, planning, stalls
 from llmemb_ray.pipeline.prepare import Job
+from llmemb_ray.pipeline.shape import shape as shape_of
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
-from tests.pipeline.poison import POISON
+from tests.pipeline.poison import HANGS, POISON
 from tests.small_jobs import vectors_of
 
 pytestmark = [pytest.mark.usefixtures("ray_with_fake_gpus"), pytest.mark.timeout(240)]
@@ -55,14 +56,14 @@ def test_one_call_is_one_unit_and_tokenising_stays_off_the_actor(corpus: Path, m
     plan = planning.make_plan(settings, spec, found, selection, actors=1, gpu=True)
     output = Storage(settings.output)
     job = Job.of(plan, spec, output, settings.access)
-    shape = graph.shape(settings)
+    shape = shape_of(settings)
     assert shape.on_gpu
     execution = graph.Execution(job, settings, shape)
     from llmemb_ray.pipeline.job import windows
 
     tasks = next(windows(plan, set(), 1000))
     units = {unit.name for task in tasks for unit in task.piece.units}
-    dataset = graph.build(tasks, ray.put(job), execution.ledger, shape).materialize()
+    dataset = graph.build(tasks, ray.put(job), execution.ledger.handle, shape).materialize()
     records = dataset.take_all()
     # Each call yields one record; were units glued together or cut, from_envelope would refuse the batch.
     assert sorted(record["unit"] for record in records) == sorted(units)
@@ -101,6 +102,27 @@ def test_a_row_that_kills_its_engine_is_found_and_rejected(model: Path, tmp_path
     run = Run(Storage(str(tmp_path / "out")))
     assert [table["source_row"].to_pylist() for table in run.rejects()] == [[3]]
     assert verify(run).problems == []
+
+
+def test_a_row_that_hangs_its_engine_is_found_and_rejected(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unit after it is waiting in the same actor, and is taken up by the next."""
+    monkeypatch.setattr(stalls, "LOOK_SECONDS", 0.5)
+    pq.write_table(pa.table({"id": ["0", "1"], "text": [HANGS, "a sentence"]}), tmp_path / "corpus.parquet")
+    receipt = llmemb_ray.embed(
+        str(tmp_path / "corpus.parquet"),
+        str(tmp_path / "out"),
+        model=str(model),
+        actors="1",
+        gpus_per_actor=1,
+        compute_dtype="float32",
+        max_attempts=1,
+        stall_timeout=1.5,
+        rows_per_unit=1,
+        quiet=True,
+    )
+    assert (receipt.rows_embedded, receipt.rejects_by_reason) == (1, {"kills_engine": 1})
+    (rejected,) = Run(Storage(str(tmp_path / "out"))).rejects()
+    assert "no progress for" in rejected["detail"][0].as_py()
 
 
 def test_a_file_that_changes_fails_its_units_by_name_and_the_rest_is_committed(

@@ -18,8 +18,8 @@ from llmemb_ray.connection import connected
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.errors import ConfigError, InputError, RunFailed
 from llmemb_ray.pipeline.crew import Crew
-from llmemb_ray.pipeline.graph import Shape
 from llmemb_ray.pipeline.pool import Pool, pool
+from llmemb_ray.pipeline.shape import Shape
 from llmemb_ray.representation import Representation
 from llmemb_ray.representation.representation import preset
 from tests.small_models import SENTENCES

@@ -52,9 +52,9 @@ class Standby:
         if parse_actors(settings.actors) == (0, 0):
             gpu = models.default_device() == "cuda"
         else:
-            from llmemb_ray.pipeline import graph
+            from llmemb_ray.pipeline.shape import cluster
 
-            with graph.cluster(settings) as shape:
+            with cluster(settings) as shape:
                 gpu = shape.on_gpu
         standby = cls(settings, spec.on(gpu))
         try:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import ray
 
 from llmemb_ray.errors import EngineDied
-from llmemb_ray.pipeline.graph import Shape
 from llmemb_ray.pipeline.parity.passes import Passes, Work
 from llmemb_ray.pipeline.parity.processes import Outcome, attempted, unwrapped
+from llmemb_ray.pipeline.shape import Shape
 
 RETRIES = 2
 """Times a task is tried again whose node went away."""

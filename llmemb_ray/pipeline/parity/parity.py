@@ -32,7 +32,7 @@ from llmemb_ray.storage import Storage, absolute, redact
 from llmemb_ray.written import masked
 
 if TYPE_CHECKING:
-    from llmemb_ray.pipeline.graph import Shape
+    from llmemb_ray.pipeline.shape import Shape
 
 PATH = "_llmemb/parity.json"
 

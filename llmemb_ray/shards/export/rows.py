@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import OutputError
 from llmemb_ray.shards.run import Run, read_groups
 from llmemb_ray.shards.schema import CHUNK_COLUMNS, raw_values
@@ -62,7 +62,7 @@ class Rows:
         """Of ``columns`` and ``embedding`` together."""
         shard = next(commit.shard for commit in self.run.commits if commit.shard is not None)
         with self.run.storage.open(shard) as reader:
-            stored = pq.read_schema(reader)
+            stored = parquet.plain_schema(parquet.opened(reader).schema_arrow)
         fields = [stored.field(name).remove_metadata() for name in self.columns]
         return pa.schema([*fields, pa.field("embedding", pa.list_(pa.from_numpy_dtype(self.value_type), self.width))])
 
