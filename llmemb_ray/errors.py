@@ -22,6 +22,7 @@ Each class carries the exit code of the command line in ``exit_code``.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Control characters but tab and line feed: what moves a terminal's cursor, writes its title or turns the direction of a line."""
@@ -79,6 +80,14 @@ class RunFailed(LlmembError):
 
 class RunStopped(RunFailed):
     """Stopped on purpose, cleanly: the same command continues."""
+
+
+class ItemsFailed(RunFailed):
+    """items: numbers of what the actor at fault had been given; one of them is the cause."""
+
+    def __init__(self, message: str, items: Sequence[int]) -> None:
+        super().__init__(message)
+        self.items = tuple(items)
 
 
 class EngineDied(LlmembError):

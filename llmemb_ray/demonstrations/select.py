@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import posixpath
-import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from llmemb_ray.demonstrations.leaderboard import Leaderboard, Place
 from llmemb_ray.demonstrations.scoring import Exam, Examiner, Trial, drawn, representation, sts_exam, tokenize, transfer_exam
 from llmemb_ray.embedders.beside import representation_of
 from llmemb_ray.embedders.embedder import EmbedderSpec, settle
-from llmemb_ray.errors import ConfigError, InputError, RunFailed
+from llmemb_ray.errors import ConfigError, InputError, ItemsFailed, RunFailed
 from llmemb_ray.evaluation import transfer
 from llmemb_ray.evaluation.data import DataPlace
 from llmemb_ray.pipeline.pool import Pool, pool
@@ -244,11 +243,10 @@ class Scorer:
         return None if outcome is None else outcome.score
 
     def _told(self, error: RunFailed, trials: list[Trial]) -> RunFailed:
-        """The error with the prompt that it came at, which the pool knows by its number."""
-        found = re.search(r"\bitem (\d+)", str(error))
-        prompt = trials[int(found[1])].demonstrations if found else None
-        at = "" if prompt is None else f"That was scoring {_shown(prompt) or 'the zero-shot prompt'}, or what the same actor had beside it. "
-        past = f"; if it fails there again, leave the candidate out of {redact(self._settings.candidates)}" if prompt and self._settings.candidates else ""
+        """The error with the prompts that it came at, which the pool knows by their numbers."""
+        prompts = [trials[number].demonstrations for number in error.items] if isinstance(error, ItemsFailed) else []
+        at = f"That was scoring {' or '.join(_shown(prompt) or 'the zero-shot prompt' for prompt in prompts)}. " if prompts else ""
+        past = f"; if it fails there again, leave the candidate out of {redact(self._settings.candidates)}" if any(prompts) and self._settings.candidates else ""
         stands = f"The {self.scored:,} scores that this command made stand in {redact(self._settings.out)}, the same command goes on from them{past}."
         return RunFailed(f"{error}\n{at}{stands}")
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import ray
 
-from llmemb_ray.errors import EngineDied, LlmembError, RunFailed
+from llmemb_ray.errors import EngineDied, ItemsFailed, LlmembError
 from llmemb_ray.pipeline.shape import Shape, use_threads
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class Crew(Generic[Held]):
     def run(self, function: Callable[[Held, Item], Result], items: Iterable[Item]) -> Iterator[tuple[int, Result]]:
         """(number of the item, what ``function(held, item)`` returned), as they come; ``items`` is read as there is room.
 
-        Raises the LlmembError that loading or the function raised, and RunFailed for what else ended them.
+        Raises the LlmembError that loading or the function raised, and ItemsFailed for what else ended them.
         """
         call = ray.put(function)
         numbered = enumerate(items)
@@ -69,25 +68,27 @@ class Crew(Generic[Held]):
                 logger.warning("no actor could start yet; what is free in the cluster: %s", ray.available_resources())
             for reference in done:
                 if reference in self._coming:
-                    self._get(reference, "while it loaded", "while it loaded")
+                    self._get(reference, "while it loaded", [], [])
                     self._up.append(self._coming.pop(reference))
                 else:
                     number, actor = under_way[reference]
-                    given = ", ".join(str(other) for other, where in sorted(under_way.values(), key=itemgetter(0)) if where is actor)
-                    answer = self._get(reference, f"at item {number}", f"with items {given} given to it")  # An answer may die with its actor.
+                    given = sorted(other for other, where in under_way.values() if where is actor)  # An answer may die with its actor.
+                    answer = self._get(reference, f"at item {number}", [number], given)
                     del under_way[reference]
                     yield number, answer
 
-    def _get(self, reference: Any, when: str, at_death: str) -> Any:
+    def _get(self, reference: Any, when: str, items: list[int], given: list[int]) -> Any:
+        """items: what a function that raises was at; given: what an actor that dies may have been at."""
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, LlmembError):
                 raise error.cause from None
-            raise RunFailed(f"an actor failed {when}: {type(error.cause).__name__}: {error.cause}") from error
+            raise ItemsFailed(f"an actor failed {when}: {type(error.cause).__name__}: {error.cause}", items) from error
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
-            raise RunFailed(f"an actor died {self._attempts} times {at_death}: {reason}; what was answered stands, the same command continues") from error
+            at = f"with items {', '.join(map(str, given))} given to it" if given else when
+            raise ItemsFailed(f"an actor died {self._attempts} times {at}: {reason}; what was answered stands, the same command continues", given) from error
 
 
 class _Worker:

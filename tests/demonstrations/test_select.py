@@ -17,7 +17,7 @@ from llmemb_ray.demonstrations import leaderboard
 from llmemb_ray.demonstrations.scoring import Examiner, Trial, drawn, sts_exam, tokenize
 from llmemb_ray.demonstrations.select import Selection, select
 from llmemb_ray.embedders.embedder import Embedder, settle
-from llmemb_ray.errors import ConfigError, InputError, RunFailed, RunMismatch
+from llmemb_ray.errors import ConfigError, InputError, ItemsFailed, RunFailed, RunMismatch
 from llmemb_ray.evaluation import transfer
 from llmemb_ray.evaluation.data import DataPlace
 from llmemb_ray.pipeline import pool
@@ -133,14 +133,13 @@ def test_what_killed_the_actors_is_named_and_the_search_goes_on(search: Callable
     def killed_at_three(*arguments: Any) -> Iterator[Any]:
         for number, outcome in run(*arguments):
             if number == 3:
-                raise RunFailed("an actor died 3 times with items 3 given to it: out of memory")
+                raise ItemsFailed("an actor died: out of memory", [2, 3])
             yield number, outcome
 
     with monkeypatch.context() as patched:
         patched.setattr(pool._Alone, "run", killed_at_three)
         with pytest.raises(
-            RunFailed,
-            match=r"(?s)items 3 given to it: out.*⇒ Leaving, or.*The 3 scores .* stand in .*/killed, .*leave the candidate out .*candidates\.jsonl",
+            RunFailed, match=r"(?s)died: out.*⇒ .* or .*⇒ Leaving.*The 3 scores .* stand in .*/killed, .*leave the candidate out of .*candidates\.jsonl"
         ):
             search("killed")
     resumed = search("killed")
