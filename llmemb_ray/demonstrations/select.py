@@ -246,7 +246,9 @@ class Scorer:
         """The error with the prompts that it came at, which the pool knows by their numbers."""
         prompts = [trials[number].demonstrations for number in error.items] if isinstance(error, ItemsFailed) else []
         at = f"That was scoring {' or '.join(_shown(prompt) or 'the zero-shot prompt' for prompt in prompts)}. " if prompts else ""
-        past = f"; if it fails there again, leave the candidate out of {redact(self._settings.candidates)}" if any(prompts) and self._settings.candidates else ""
+        past = (
+            f"; if it fails there again, leave the candidate out of {redact(self._settings.candidates)}" if any(prompts) and self._settings.candidates else ""
+        )
         stands = f"The {self.scored:,} scores that this command made stand in {redact(self._settings.out)}, the same command goes on from them{past}."
         return RunFailed(f"{error}\n{at}{stands}")
 
