@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 RAY = str(Path(sys.executable).parent / "ray")
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 
 ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
 """For nodes and clients alike; ports are open to this machine alone."""
@@ -41,10 +41,10 @@ class RayCluster:
         self._nodes: list[subprocess.Popen[bytes]] = []
         head = ["--head", f"--port={self.gcs_port}", f"--dashboard-port={self.dashboard_port}", "--include-dashboard=true", "--num-cpus=0"]
         self._start([*head, f"--temp-dir={self._directory}/head"])
-        self._wait(lambda: _answers(self.dashboard_port))
-        for number in range(workers):
-            self._start([f"--address=127.0.0.1:{self.gcs_port}", "--num-cpus=1", f"--temp-dir={self._directory}/{number}"])
         try:
+            self._wait(lambda: _answers(self.dashboard_port))
+            for number in range(workers):
+                self._start([f"--address=127.0.0.1:{self.gcs_port}", "--num-cpus=1", f"--temp-dir={self._directory}/{number}"])
             self._wait(lambda: self._alive() == workers + 1)
         except RuntimeError:
             self.stop()

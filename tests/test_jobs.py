@@ -20,6 +20,9 @@ from llmemb_ray.evaluation import evaluate, record
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
+from llmemb_ray.synthesis.record import Synthesis
+from llmemb_ray.synthesis.verify import verify as verify_synthesis
+from tests.generation.test_local import bytewise_tokenizer
 from tests.ray_cluster import ENVIRONMENT, RAY, RayCluster
 from tests.s3_server import S3Server
 from tests.small_jobs import vectors_of, write
@@ -156,3 +159,21 @@ def test_fine_tuning_runs_on_the_cluster_with_data_and_checkpoints_on_s3(cluster
     embedded = submit(cluster, s3, s3.url("texts"), s3.url("vectors"), "--model", s3.url("base"), "--adapter", s3.url("tuned/adapter"), "--actors", "1")
     assert embedded.returncode == 0, embedded.stdout + embedded.stderr
     assert Run(Storage(s3.url("vectors"), s3.access())).plan.space["representation"]["pooling"] == "mean"
+
+
+def test_training_data_is_made_on_the_cluster(cluster: RayCluster, s3: S3Server, tmp_path: Path) -> None:
+    """By a model that a node loads, whose answers the schema holds to JSON; families that need no tasks."""
+    for file in make_model(tmp_path / "llm", tokenizer=bytewise_tokenizer(), head=True, max_position_embeddings=1024).iterdir():
+        Storage(s3.url("llm"), s3.access()).put(file.name, file.read_bytes())
+    arguments = ["--model", s3.url("llm"), "--out", s3.url("made"), "--families", "{sts: 1, bitext: 1}", "--tasks-per-family", "0", "--no-check-language"]
+    small = ["--count", "12", "--unit-rows", "2", "--max-new-tokens", "160", "--max-characters", "16"]
+    done = submit(cluster, s3, *arguments, *small, "--actors", "1", "--cpus-per-actor", "1", job="synthesize")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = Synthesis.open(Storage(s3.url("made"), s3.access()))
+    assert made is not None
+    assert made.receipt is not None
+    assert (made.receipt.units, made.receipt.asked) == (6, 12)
+    assert made.receipt.accepted > 0
+    examples, rejects = (sum(table.num_rows for _, table in made.tables(kind)) for kind in ("shard", "rejects"))
+    assert (examples, rejects) == (made.receipt.accepted, 12 - made.receipt.accepted)
+    assert verify_synthesis(made).problems == []

@@ -132,7 +132,7 @@ def _pool(synthesis: Synthesis, findings: Findings) -> Pool | None:
     """The tasks that the run was drawn from; None where they are others now."""
     path, storage, wanted = brainstorming.PATH, synthesis.storage, synthesis.record.identity.get("tasks")
     try:
-        pool = Pool(tasks.read_file(storage.full(path), storage.access)) if storage.exists(path) else Pool()
+        pool = Pool(tasks.read_file(storage.display(path), storage.access)) if storage.exists(path) else Pool()
     except LlmembError as error:
         findings.problem(f"the tasks cannot be read: {error}")
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import re
 import shlex
@@ -21,10 +22,12 @@ from botocore.exceptions import ParamValidationError
 from botocore.validate import ParamValidator
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from ray.dashboard.modules.job import job_supervisor
 
 from llmemb_ray import cli
 from llmemb_ray.config import EmbedSettings, EvaluateSettings, FinetuneSettings, SynthesizeSettings, parse_actors
 from llmemb_ray.options import gather
+from llmemb_ray.pipeline import notice
 from tests.cluster.files import CLUSTER, ROOT, load, service
 
 KUBERAY = {path.stem: path for path in sorted((CLUSTER / "kuberay").glob("*.yaml")) if path.stem != "access"}
@@ -140,6 +143,16 @@ def test_a_pod_has_the_time_that_it_waits_for() -> None:
         program, subcommand, *options = words[2 : words.index("&&")]
         assert program == "ray"
         ray_commands.commands[subcommand].make_context(subcommand, options)
+
+
+def test_ray_job_stop_waits_for_what_is_begun() -> None:
+    """For as long as a driver gives its units, and within the time that their pods have. What runs the driver has the image's environment."""
+    (waits,) = re.findall(r"^ENV .*\b(RAY_JOB_STOP_WAIT_TIME_S)=(\d+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert waits[0] in inspect.getsource(job_supervisor)
+    grace = max(EmbedSettings.model_fields["stop_grace"].default, notice.GRACE_SECONDS)
+    pods = [group["template"]["spec"]["terminationGracePeriodSeconds"] for group in groups(load(KUBERAY["embed"]))[1:]]
+    assert grace + notice.IDLE_SECONDS < int(waits[1]) < min(pods)
+    assert not any("RAY_JOB_STOP" in path.read_text() for path in READ_BY_PROGRAMS), "one place"
 
 
 def test_no_secret_stands_in_a_manifest() -> None:

@@ -140,7 +140,7 @@ def _tasks(storage: Storage, read: Reading, with_text: bool) -> list[TaskUse]:
     made = brainstorming.accounts(storage)
     by_generator = f"{made.made_of['generator']}, call " if made and "generator" in made.made_of else None
     if storage.exists(brainstorming.PATH):
-        for task in tasks.read_file(storage.full(brainstorming.PATH), storage.access):
+        for task in tasks.read_file(storage.display(brainstorming.PATH), storage.access):
             pool[task.family] += 1
             own[task.family] += by_generator is None or not task.source.startswith(by_generator)
     uses: dict[str, dict[str, Tally]] = defaultdict(dict)
