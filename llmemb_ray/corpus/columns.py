@@ -1,7 +1,7 @@
 """Which columns a job takes from a corpus, and texts out of columns of any kind.
 
-Invariant: every row yields a text or the reason why it has none; a bad value never raises. A value longer than the selection allows is
-taken out of its batch as soon as that is decoded (``within``).
+Invariant: every row yields a text or the reason why it has none; a bad value never raises. A value larger than the selection allows is
+taken out of its batch as soon as that is decoded (``within``), and its row stays whatever a filter says.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import string
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmemb_ray.config.embedding import MAX_TEXT_BYTES
+from llmemb_ray.corpus.bounds import fixed_width, row_bytes, without
 from llmemb_ray.corpus.files import BadFile
 from llmemb_ray.errors import ConfigError
 
@@ -42,7 +44,7 @@ TOO_LARGE = "__too_large"
 class Selection:
     """The columns of a job.
 
-    text: a column (``a.b`` for a field of a struct) or a template such as ``'{title} {text}'``; max_bytes: of a value in a column of text or bytes.
+    text: a column (``a.b`` for a field of a struct) or a template such as ``'{title} {text}'``; max_bytes: of a value, all that is in a list or a struct.
     """
 
     text: str
@@ -110,16 +112,15 @@ class Selection:
         """The table with values of more than ``max_bytes`` null, and how many bytes they had in a column ``TOO_LARGE``."""
         largest = pa.nulls(table.num_rows, pa.int64())
         for name in dict.fromkeys((*self.text_columns, *((self.id,) if self.id else ()), *self.keep)):
-            top = name if name in table.column_names else name.split(".")[0]
+            top, *path = [name] if name in table.column_names else name.split(".")
             values = column(table, name)
-            if not _is_text(values.type) or pa.types.is_null(values.type) or values.nbytes <= self.max_bytes:
+            if fixed_width(values.type) is not None or values.nbytes <= self.max_bytes:
                 continue
-            lengths = pc.binary_length(values).cast(pa.int64())
-            over = pc.fill_null(pc.greater(lengths, self.max_bytes), False)
-            if pc.any(over).as_py():
-                largest = pc.if_else(over, lengths, largest)
-                rows = pc.if_else(over, None, pa.array(range(table.num_rows), pa.int64()))  # ``if_else`` of the values would keep their bytes.
-                table = table.set_column(table.column_names.index(top), table.schema.field(top), table[top].take(rows))
+            sizes = row_bytes(values.combine_chunks())
+            over = pa.array(sizes > self.max_bytes)
+            if over.true_count:
+                largest = pc.if_else(over, pa.array(sizes), largest)
+                table = table.set_column(table.column_names.index(top), table.schema.field(top), without(table[top].combine_chunks(), over, path))
         return table.append_column(TOO_LARGE, largest)
 
     def texts(self, table: pa.Table) -> tuple[list[str | None], dict[int, tuple[str, str]]]:
@@ -157,7 +158,10 @@ class Selection:
 
 
 def filtered(table: pa.Table, condition: str) -> pa.Table:
-    """The rows of ``table`` for which the SQL condition holds, in order. Raises ConfigError for a bad condition."""
+    """The rows of ``table`` for which the SQL condition holds, in order, and those of which a value was taken out: what it says of them is not known.
+
+    Raises ConfigError for a bad condition.
+    """
     try:
         import duckdb
     except ImportError as error:
@@ -169,6 +173,8 @@ def filtered(table: pa.Table, condition: str) -> pa.Table:
             kept = connection.execute(f"SELECT __row FROM corpus WHERE {condition} ORDER BY __row").fetchnumpy()["__row"]  # noqa: S608 - the user's own condition
     except duckdb.Error as error:
         raise ConfigError(f"filter: {condition!r}: {str(error).splitlines()[0]}") from error
+    if TOO_LARGE in table.column_names:
+        kept = np.union1d(kept, np.flatnonzero(table[TOO_LARGE].is_valid().to_numpy()))
     return table.take(pa.array(kept, pa.int64()))
 
 
@@ -191,25 +197,28 @@ def _column_type(schema: pa.Schema, name: str) -> pa.DataType:
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:
-    """The type as the shards hold it: dictionaries and views as their values."""
-    return _plain(type_.value_type) if pa.types.is_dictionary(type_) else _viewless(type_)
-
-
-def _viewless(type_: pa.DataType) -> pa.DataType:
+    """The type as the shards hold it: dictionaries and views as their values, also inside structs and lists."""
+    if pa.types.is_dictionary(type_):
+        return _plain(type_.value_type)
     if type_ == pa.string_view():
         return pa.string()
     if type_ == pa.binary_view():
         return pa.binary()
     if pa.types.is_struct(type_):
-        return pa.struct([field.with_type(_viewless(field.type)) for field in type_])
-    if pa.types.is_list(type_):
-        return pa.list_(type_.value_field.with_type(_viewless(type_.value_type)))
+        return pa.struct([field.with_type(_plain(field.type)) for field in type_])
+    if pa.types.is_map(type_):
+        return pa.map_(type_.key_field.with_type(_plain(type_.key_type)), type_.item_field.with_type(_plain(type_.item_type)), type_.keys_sorted)
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(type_.value_field.with_type(_plain(type_.value_type)), type_.list_size)
+    for is_kind, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_kind(type_):
+            return make(type_.value_field.with_type(_plain(type_.value_type)))
     return type_
 
 
 def without_views(table: pa.Table) -> pa.Table:
-    """Views of text and bytes as plain text and bytes: Arrow cannot take rows of views."""
-    schema = pa.schema([field.with_type(_viewless(field.type)) for field in table.schema])
+    """Views and dictionaries as the values they stand for: Arrow cannot take rows of views, and what a dictionary's rows take shows only then."""
+    schema = pa.schema([field.with_type(_plain(field.type)) for field in table.schema])
     return table if schema.equals(table.schema) else table.cast(schema)
 
 

@@ -24,10 +24,13 @@ _GLOB = re.compile(r"[*?\[]")
 _WHOLE = re.compile(r"-?\d{1,18}")
 
 MAX_COLUMNS = 100_000
-"""Columns of a file at most, those inside structs counted: each costs some kilobytes where the file is opened."""
+"""Columns of a file at most, those inside structs counted; ``parquet.MAX_FOOTER_ITEMS`` bounds what it costs to count them."""
 
 MAX_GROUP_ROWS = 2**31
 """Rows of a row group at most. A footer can promise more than any file holds; the plan would then have units without end."""
+
+MAX_ROWS = 2**33
+"""Rows of a file at most, for the same reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,9 @@ def footer(found: Found, access: Access) -> Footer:
             if metadata.num_columns > MAX_COLUMNS:
                 raise BadFile(f"has {metadata.num_columns:,} columns; {MAX_COLUMNS:,} are read at most")
             schema = parquet.plain_schema(file.schema_arrow)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, UnicodeDecodeError) as error:
+    except pa.ArrowNotImplementedError as error:
+        raise BadFile(f"cannot be read: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"is not a whole Parquet file: {str(error).splitlines()[0]}") from error
     sizes: dict[str, int] = {}
     for group in range(metadata.num_row_groups):
@@ -151,6 +156,8 @@ def footer(found: Found, access: Access) -> Footer:
     rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     if not all(0 <= count <= MAX_GROUP_ROWS for count in rows):
         raise BadFile(f"has a row group of {max(rows, key=abs):,} rows by its footer; {MAX_GROUP_ROWS:,} are read at most")
+    if sum(rows) > MAX_ROWS:
+        raise BadFile(f"has {sum(rows):,} rows by its footer; {MAX_ROWS:,} are read at most")
     return Footer(group_rows=rows, column_bytes=sizes, schema=schema)
 
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from llmemb_ray import parquet
 from llmemb_ray.errors import InputError
 from llmemb_ray.evaluation.data import read_lines
 from llmemb_ray.shards.partitions import Partitions, id_digests, sortable
@@ -110,8 +111,9 @@ class Documents:
         found: set[str] = set()
         for url in self.files:
             with self.storage.open(posixpath.basename(url)) as file:
-                for batch in pq.ParquetFile(file).iter_batches(columns=["id"]):
-                    found.update(batch["id"].filter(pc.is_in(batch["id"], value_set=values)).to_pylist())
+                for batch in parquet.opened(file).iter_batches(columns=["id"]):
+                    ids = parquet.plain(pa.Table.from_batches([batch]))["id"]
+                    found.update(ids.filter(pc.is_in(ids, value_set=values)).to_pylist())
         return found
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llmemb_ray import parquet
 from llmemb_ray.errors import OutputError
@@ -57,7 +56,7 @@ def counts_of(output: Storage, names: Sequence[str]) -> Iterator[dict[str, Any]]
     for name in names:
         try:
             with output.open(f"{DIRECTORY}/{name}") as reader:
-                yield metadata_of(pq.read_schema(reader))
+                yield metadata_of(parquet.opened(reader).schema_arrow)
         except (pa.ArrowException, OSError) as error:
             raise OutputError(f"{output.display(f'{DIRECTORY}/{name}')} cannot be read: {error}; delete it and run the command again") from error
 

@@ -7,7 +7,7 @@ the plan, so that whoever makes it makes the same one, but for rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llmemb_ray.corpus import sample
 from llmemb_ray.embedders.embedder import Embedder
 from llmemb_ray.errors import InputError, OutputError
-from llmemb_ray.pipeline.making import mean_by
+from llmemb_ray.pipeline.making import Computing, OnPack, mean_by
 from llmemb_ray.pipeline.prepare import CALIBRATION_ROWS, Job, make_prompts
 from llmemb_ray.representation import TokenRows
 from llmemb_ray.shards.precision import Calibration, Precision
@@ -32,7 +32,7 @@ LEAST_VECTORS = 256
 """Fewer vectors than this are no sample of a larger corpus: values outside their ranges would be common."""
 
 
-def settled(job: Job, embedder: Embedder, turns: Turns, *, on_pack: Callable[[int, int], None] | None = None) -> Precision:
+def settled(job: Job, embedder: Embedder, turns: Turns, *, on_pack: OnPack | None = None, computing: Computing = nullcontext) -> Precision:
     """The run's precision with its calibration; makes that if it is not there and it is this process's turn, else waits for it."""
     if not job.calibrates:
         return job.precision
@@ -43,7 +43,7 @@ def settled(job: Job, embedder: Embedder, turns: Turns, *, on_pack: Callable[[in
                 raise OutputError(f"the calibration in {job.output.url} is of another vector space; delete the run with overwrite")
             return replace(job.precision, calibration=standing)
         if turns.mine():
-            made = turns.agreed(measure(job, embedder, on_pack).to_json())
+            made = turns.agreed(measure(job, embedder, on_pack, computing).to_json())
             Calibration.from_json(made, "the calibration agreed upon").save(job.output)
         else:
             time.sleep(WAIT_SECONDS)
@@ -69,12 +69,13 @@ class Alone:
         return made
 
 
-def measure(job: Job, embedder: Embedder, on_pack: Callable[[int, int], None] | None = None) -> Calibration:
+def measure(job: Job, embedder: Embedder, on_pack: OnPack | None = None, computing: Computing = nullcontext) -> Calibration:
     """Embeds the sample. Raises InputError if too few of its rows can be embedded."""
     table = sample.read(job.calibration_places, job.selection, job.access)
     texts, _ = job.selection.texts(table)
     prompts, owner = _prompts(job, texts)
-    embedded = embedder.embed_tokens(prompts, job.role, on_pack=on_pack)
+    with computing():
+        embedded = embedder.embed_tokens(prompts, job.role, on_pack=on_pack)
     vectors = embedded.vectors
     usable: npt.NDArray[np.bool_] = np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1))
     usable[list(embedded.failed)] = False

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from llmemb_ray import errors
 from llmemb_ray.config import EmbedSettings
 from llmemb_ray.errors import EngineDied, LlmembError, RunFailed
 from llmemb_ray.pipeline import attempt, calibrate, metrics, stalls
-from llmemb_ray.pipeline.ledger import Directions
+from llmemb_ray.pipeline.ledger import CALIBRATION, Directions
 from llmemb_ray.pipeline.ledger_actor import LedgerActor
 from llmemb_ray.pipeline.making import Isolation, Workshop
 from llmemb_ray.pipeline.prepare import Job, Prepared, ReadTask, prepare
@@ -48,6 +49,9 @@ MEMORY_SECONDS = 10.0
 """Before an actor whose model found too little memory is replaced."""
 
 REPORT_SECONDS = 1.0
+
+WAITING_SECONDS = 5.0
+"""Between two words of an actor that waits for a unit."""
 
 DRAIN_SECONDS = 15.0
 """How long units that were read but not begun may take to leave a graph that stops, before it is cut off."""
@@ -78,13 +82,17 @@ class EmbedUnits:
         use_threads(threads)
         self._pending = (0, 0)
         self._reported = time.monotonic()
+        self._lock = threading.Lock()
         self._name = ray.get_runtime_context().get_actor_id()
+        self._process = stalls.this_process(self._name)
         self._meter = metrics.Meter("embed", self._job.run_key)
         ledger.loads.remote(self._name)
         self._failure: LlmembError | None = None
         try:
             self._embedder = Embedder(self._job.spec)
-            precision = calibrate.settled(self._job, self._embedder, _Turns(ledger, self._name), on_pack=lambda *_: self._on_pack(0, 0))
+            ledger.arrived.remote(self._process)
+            turns = _Turns(ledger, self._name)
+            precision = calibrate.settled(self._job, self._embedder, turns, on_pack=lambda *_: self._on_pack(0, 0), computing=self._calibrating)
             self._workshop = Workshop(precision=precision)
         except LlmembError as error:
             if "memory" in str(error) and not ray.get(ledger.load_failed.remote()):
@@ -93,8 +101,16 @@ class EmbedUnits:
                 os._exit(1)
             # Told by the first call: Ray would take an error here for a lost actor, and try again for long.
             self._failure = error
-        ledger.arrived.remote(self._name, ray.get_runtime_context().get_node_id(), os.getpid())
+            ledger.arrived.remote(self._process)
         self._meter.loaded(restarted=ray.get_runtime_context().was_current_actor_reconstructed)
+        threading.Thread(target=self._wait, name="llmemb-waiting", daemon=True).start()
+
+    def _wait(self) -> None:
+        """Tells that the actor waits while it has no unit; of one that has some only the units tell."""
+        while True:
+            time.sleep(WAITING_SECONDS)
+            if self._meter.waited():
+                self._ledger.hello.remote(self._name)
 
     def __call__(self, envelope: pa.Table) -> pa.Table:
         with self._meter.call():
@@ -110,7 +126,7 @@ class EmbedUnits:
         self._ledger.hello.remote(self._name)
         if not ray.get(self._ledger.may_begin.remote(unit.name)):
             return _record(unit.name, None, None)
-        directions: Directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows, self._name))
+        directions: Directions = ray.get(self._ledger.begin.remote(unit.name, prepared.accepted.num_rows, self._process))
         if directions.give_up:
             return _record(unit.name, None, directions.give_up, fatal="RunFailed")
         if directions.attempt > 1:
@@ -139,11 +155,21 @@ class EmbedUnits:
     @contextmanager
     def _computing(self, unit: str) -> Iterator[None]:
         """Within it the ledger waits for signs of this actor."""
-        self._ledger.computing.remote(self._name, unit)
+        self._ledger.computing.remote(self._process, unit)
         try:
             yield
         finally:
-            self._ledger.computing.remote(self._name, None)
+            self._ledger.computed.remote(self._process, unit)
+
+    @contextmanager
+    def _calibrating(self) -> Iterator[None]:
+        """The same while the calibration is measured, as if that were a unit."""
+        directions: Directions = ray.get(self._ledger.begin.remote(CALIBRATION, 0, self._process))
+        if directions.give_up:
+            raise RunFailed(directions.give_up)
+        with self._computing(CALIBRATION):
+            yield
+        self._ledger.done.remote(CALIBRATION)
 
     def _end(self, unit: str, words: str) -> pa.Table:
         """Ends this process, whose engine is of no use any more: Ray starts another actor, and the unit comes again."""
@@ -155,12 +181,13 @@ class EmbedUnits:
 
     def _on_pack(self, rows: int, tokens: int) -> None:
         self._meter.passed(tokens)
-        self._pending = (self._pending[0] + rows, self._pending[1] + tokens)
-        now = time.monotonic()
-        if now - self._reported >= REPORT_SECONDS:
-            self._ledger.add.remote(*self._pending)
-            self._ledger.hello.remote(self._name)
-            self._pending, self._reported = (0, 0), now
+        with self._lock:
+            self._pending = (self._pending[0] + rows, self._pending[1] + tokens)
+            now = time.monotonic()
+            if now - self._reported >= REPORT_SECONDS:
+                self._ledger.add.remote(*self._pending)
+                self._ledger.hello.remote(self._name)
+                self._pending, self._reported = (0, 0), now
 
 
 class _Turns:
@@ -219,7 +246,7 @@ class Execution:
 
     def run(self, tasks: list[ReadTask]) -> Iterator[tuple[str, Commit | None, str | None]]:
         """(unit, commit or None, error or None) of each unit, as it is done. Raises the job's own error, unwrapped."""
-        with stalls.ended(self.ledger.handle):
+        with stalls.ended(self.ledger):
             for row in records(build(tasks, self._job, self.ledger.handle, self._shape)):
                 commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
                 if commit is not None or row["error"] is not None:

@@ -2,8 +2,10 @@
 
 Invariant: a unit whose engine dies or hangs again and again is narrowed down, by halving, to the row at fault. Ray
 retries a dead actor's task for ever and does not tell it which attempt it is, so the count lives here. An actor counts as
-hung when it has begun units and given no sign for longer than any step of theirs may take; loading is no such step.
-The class knows no Ray; ``graph`` runs it as an actor beside the driver.
+hung when it has begun units and given no sign for longer than any step of theirs may take; loading is no such step. It is
+counted only when its process was there to be ended: one that was lost with its node gives no sign either. Actors say with each
+step who they are, so that a ledger that was started anew knows them again.
+The class knows no Ray; ``ledger_actor`` runs it as an actor beside the driver.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ HOPELESS_STALLS = 25
 """The same for engines that hang, each of which costs ``stall_timeout``."""
 
 STORAGE_STEPS = 4
-"""Storage operations of an attempt, each retried for ``storage_retry_seconds``, between two signs: three writes and a look for a commit."""
+"""Storage operations of an attempt, each retried for ``storage_retry_seconds``, between two signs: three writes and a look for a commit.
+A sign comes after each read of an earlier run that vectors are copied from."""
+
+CALIBRATION = "calibration"
+"""In place of a unit's name, while an actor measures the run's calibration; it is not waited for when the job stops."""
 
 LOADING_SECONDS = 1800.0
 """An actor that began to load so long ago, and has not arrived since, is not shown as loading."""
@@ -60,13 +66,24 @@ class Directions:
     attempt: int = field(default=1, compare=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stalled:
-    """An actor that hangs. node: hexadecimal id of its node; pid: of its process there; unit: what it computes, or another that it began."""
+@dataclass(frozen=True)
+class Process:
+    """What an actor is in.
+
+    node: hexadecimal id of its node; pid: there; started: when, as the kernel of that node tells: no other process has the same and this pid
+    """
 
     actor: str
     node: str
     pid: int
+    started: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stalled:
+    """An actor that gives no sign. unit: what it computes, or another that it began."""
+
+    process: Process
     unit: str
     seconds: float
     """Since its last sign."""
@@ -83,8 +100,7 @@ class _Unit:
 
 @dataclass
 class _Actor:
-    node: str
-    pid: int
+    process: Process
     sign: float
     units: set[str] = field(default_factory=set)
     """Begun and not ended."""
@@ -125,11 +141,21 @@ class Ledger:
         self._loading[actor] = time.monotonic()
         self.hello(actor)
 
-    def arrived(self, actor: str, node: str, pid: int) -> None:
-        """An actor has its model, in this process of this node."""
-        self._loading.pop(actor, None)
-        self._actors[actor] = _Actor(node, pid, time.monotonic())
-        self.hello(actor)
+    def arrived(self, process: Process) -> None:
+        """An actor has its model, and no unit."""
+        self._loading.pop(process.actor, None)
+        self._actors[process.actor] = _Actor(process, time.monotonic())
+        self.hello(process.actor)
+
+    def _has(self, process: Process, unit: str) -> _Actor:
+        """What is known of an actor that has begun a unit."""
+        known = self._actors.get(process.actor)
+        if known is None or known.process != process:
+            known = self._actors[process.actor] = _Actor(process, time.monotonic())
+        known.units.add(unit)
+        if unit != CALIBRATION:
+            self._active.add(unit)
+        return known
 
     def calibrates(self, actor: str) -> bool:
         """Whether it is this actor's turn to make the calibration: the first that asks, or the next when that one has died."""
@@ -163,16 +189,18 @@ class Ledger:
         """Whether units that were begun are not done yet."""
         return bool(self._active)
 
-    def begin(self, unit: str, rows: int, actor: str = "") -> Directions:
-        """Counts an attempt. Waiting is for causes that pass; rows that are told apart are tried at once."""
+    def begin(self, unit: str, rows: int, process: Process | None = None) -> Directions:
+        """Counts an attempt. Waiting is for causes that pass; rows that are told apart are tried at once.
+
+        process: of an actor that is to be looked after: it will give signs
+        """
         state = self._units.setdefault(unit, _Unit())
         state.attempts += 1
         if self._stalls >= HOPELESS_STALLS:
             return Directions(give_up=f"engines hang again and again, on no row in particular; the last one: {state.last_words or 'on another unit'}")
         wait = min(LONGEST_WAIT, self._retry_wait * 2 ** (state.attempts - 2)) if 1 < state.attempts <= self._max_attempts else 0.0
-        if actor in self._actors:
-            self._actors[actor].units.add(unit)
-            self._actors[actor].sign = time.monotonic() + wait
+        if process is not None:
+            self._has(process, unit).sign = time.monotonic() + wait
         if state.attempts <= self._max_attempts:
             return Directions(wait=wait, attempt=state.attempts)
         if not state.ranges:
@@ -200,23 +228,31 @@ class Ledger:
         return self._deaths >= HOPELESS_DEATHS
 
     def stalled(self) -> list[Stalled]:
-        """Actors that hang; their processes are to be ended, so that their units come again. One that does not end is told of anew when it is due again."""
+        """Actors that hang, or were lost and have no successor yet. Who asks ends their processes and tells ``ended``; else they are told of anew in time."""
         now = time.monotonic()
         paused, self._looked = now - self._looked, now
         found = []
-        for name, actor in self._actors.items():
+        for actor in self._actors.values():
             if paused > UNWATCHED_SECONDS:
                 actor.sign += paused
             seconds = now - actor.sign
             allowed = self._stall_timeout + (0.0 if actor.computing else STORAGE_STEPS * self._storage_seconds)
             if not actor.units or seconds <= allowed:
                 continue
-            unit = actor.computing or min(actor.units)
-            found.append(Stalled(actor=name, node=actor.node, pid=actor.pid, unit=unit, seconds=seconds))
-            self._units.setdefault(unit, _Unit()).last_words = f"no progress for {seconds:.0f} s"
-            self._stalls += 1
+            found.append(Stalled(process=actor.process, unit=actor.computing or min(actor.units), seconds=seconds))
             actor.sign = now
         return found
+
+    def ended(self, stalled: Stalled, *, killed: bool) -> None:
+        """The process of such an actor is no more. killed: it was there and was ended; else it was gone already, as with its node, and hung nowhere."""
+        actor = stalled.process.actor
+        if actor in self._actors and self._actors[actor].process == stalled.process:
+            del self._actors[actor]
+            self._seen.pop(actor, None)
+        if killed:
+            self._stalls += 1
+            if stalled.unit in self._units:
+                self._units[stalled.unit].last_words = f"no progress for {stalled.seconds:.0f} s"
 
     def load_failed(self) -> bool:
         """An actor could not load its model for want of memory. Returns whether to give up, or to let another try."""
@@ -227,11 +263,15 @@ class Ledger:
         """Rows of a unit are computed from now on; None: no longer."""
         self._units.setdefault(unit, _Unit()).entered = rows
 
-    def computing(self, actor: str, unit: str | None) -> None:
-        """An actor's engine is at a unit from now on; None: at none."""
-        if actor in self._actors:
-            self._actors[actor].computing = unit
-        self.hello(actor)
+    def computing(self, process: Process, unit: str) -> None:
+        """An actor's engine is at a unit from now on."""
+        self._has(process, unit).computing = unit
+        self.hello(process.actor)
+
+    def computed(self, process: Process, unit: str) -> None:
+        """It is at none any longer; what is left of this one is to write."""
+        self._has(process, unit).computing = None
+        self.hello(process.actor)
 
     def done(self, unit: str) -> None:
         """Forgets a unit that is committed, so that this never grows with the corpus."""

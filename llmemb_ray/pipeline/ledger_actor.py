@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llmemb_ray.pipeline.ledger import Ledger
+from llmemb_ray.pipeline.ledger import Ledger, Stalled
 from llmemb_ray.pipeline.metrics import Meter
 
 ANSWER_SECONDS = 5.0
@@ -41,6 +41,18 @@ class LedgerActor:
             return bool(ray.get(self.handle.at_work.remote(), timeout=ANSWER_SECONDS))
         except ray.exceptions.RayError:
             return True
+
+    def stalled(self) -> list[Stalled]:
+        """Actors that give no sign; none while the ledger does not answer."""
+        try:
+            told: list[Stalled] = ray.get(self.handle.stalled.remote(), timeout=ANSWER_SECONDS)
+        except ray.exceptions.RayError:
+            return []
+        return told
+
+    def ended(self, stalled: Stalled, *, killed: bool) -> None:
+        """Tells it what became of one of them. Does not wait."""
+        self.handle.ended.remote(stalled, killed=killed)
 
     def live(self) -> tuple[int, int, int]:
         """(rows, tokens, actors) as the actors report them between commits; zeros while the ledger does not answer."""

@@ -128,7 +128,7 @@ class Making:
         prompts = self.prepared.accepted
         pooled = self.job.chunking is not None and self.job.chunking.pool == "mean"
         rows, owner = _texts(prompts) if pooled else (prompts, np.arange(prompts.num_rows))
-        copies = self.job.reuse.copies(rows["prompt_hash"]) if self.job.reuse and rows.num_rows else None
+        copies = self.job.reuse.copies(rows["prompt_hash"], self._copying) if self.job.reuse and rows.num_rows else None
         todo = np.flatnonzero(~copies.found[owner]) if copies else np.arange(prompts.num_rows)
         vectors_MD = np.zeros((prompts.num_rows, self.embedder.dimension), np.float32)
         again = np.zeros(0, np.int64)
@@ -156,6 +156,11 @@ class Making:
             reused=len(earlier),
             copies=copies,
         )
+
+    def _copying(self) -> None:
+        """A sign: it goes on, though nothing is computed."""
+        if self.on_pack is not None:
+            self.on_pack(0, 0)
 
     def _embedded(self, todo: npt.NDArray[np.int64], vectors: Floats, failed: Failures, turn: AbstractContextManager[None] | None = None) -> Work:
         """Embeds the prompts ``todo`` into their places in ``vectors``. turn: entered while they are computed."""

@@ -193,7 +193,8 @@ class Meter:
             self._set("llmemb_run_units", count, state=state)
         for state, count in rows.items():
             self._set("llmemb_run_rows", count, state=state)
-        self._set("llmemb_padding_ratio", self._padding / self._computed if self._computed else 0.0)
+        if self._computed:
+            self._set("llmemb_padding_ratio", self._padding / self._computed)
 
     def actors(self, *, ready: int, loading: int, at_work: int) -> None:
         """Actors, and units they have begun; to be told every second."""
@@ -244,7 +245,7 @@ class Meter:
         """Within this block the actor has a unit; while it has none it waits for input."""
         with self._lock:
             if not self._calls:
-                self._spent("input", time.monotonic() - self._since)
+                self._tell_waiting()
             self._calls += 1
         try:
             yield
@@ -252,6 +253,19 @@ class Meter:
             with self._lock:
                 self._calls -= 1
                 self._since = time.monotonic()
+
+    def waited(self) -> bool:
+        """Whether the actor has no unit; the time since this was asked last goes by waiting for one, and shows before the next one comes."""
+        with self._lock:
+            if self._calls:
+                return False
+            self._tell_waiting()
+        return True
+
+    def _tell_waiting(self) -> None:
+        now = time.monotonic()
+        self._spent("input", now - self._since)
+        self._since = now
 
     def unit_retried(self) -> None:
         self._count("llmemb_unit_retries_total")

@@ -179,13 +179,16 @@ def _prompter(job: Job) -> Prompter:
 
 def prepare(job: Job, task: ReadTask) -> Iterator[Prepared]:
     """The wanted units of a piece. What goes wrong with the file becomes the error of each unit still to come, what goes
-    wrong with a unit's own rows (a filter that fails on one) the error of that unit alone."""
+    wrong with a unit's own rows (a filter that fails on one, more than fits in memory) the error of that unit alone."""
     RETRIES.take()
     meter = metrics.Meter("embed", job.run_key)
     left = {unit.name: unit for unit in task.piece.units if unit.name in task.wanted}
     try:
         for unit, table in meter.reading(read_units(task.file, task.piece, job.selection, job.access, task.wanted)):
             del left[unit.name]
+            if isinstance(table, InputError):
+                yield _impossible(unit, table)
+                continue
             try:
                 with meter.tokenizing():
                     prepared = prepare_unit(job, unit, table)

@@ -34,12 +34,10 @@ def path(unit: str) -> str:
     return f"{DIRECTORY}/{unit}.json"
 
 
-def inside(named: Any, origin: str) -> str:
+def inside(named: Any, origin: str, *, remedy: str = "put it back as it was, or delete it and embed its unit again") -> str:
     """A path that a record names, relative to OUT. Raises OutputError where it would lead elsewhere. origin: the record."""
     if not isinstance(named, str) or not _INSIDE.fullmatch(named):
-        raise OutputError(
-            f"{origin} names {named!r}, which is no file of this output; the record was altered: put it back as it was, or delete it and embed its unit again"
-        )
+        raise OutputError(f"{origin} names {named!r}, which is no file of this output; the record was altered: {remedy}")
     return named
 
 
@@ -61,14 +59,15 @@ class Records(Generic[Record]):
         """Raises OutputError. origin: as it is named there."""
         try:
             return self._made(json.loads(data), origin)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise OutputError(f"{origin} is no commit record of this version: {error}") from error
 
     def _made(self, values: dict[str, Any], origin: str) -> Record:
         """Raises OutputError, and TypeError for values of other types than the fields have."""
         record = self._kind(**values)
         for name, type_ in self._types.items():
-            if not isinstance(getattr(record, name), _TYPES[type_]):
+            value = getattr(record, name)
+            if not isinstance(value, _TYPES[type_]) or (isinstance(value, dict) and not all(isinstance(count, int) for count in value.values())):
                 raise TypeError(f"its {name} is no {type_}")
         for name in ("unit", "shard", "rejects"):
             if getattr(record, name) is not None:
@@ -108,7 +107,7 @@ class Records(Generic[Record]):
         try:
             rows = parquet.read(data).to_pylist()
             return [self._made(row | {name: json.loads(row[name]) for name in self._nested}, storage.display(COMPACTED)) for row in rows]
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise OutputError(f"{storage.display(COMPACTED)} holds no commit records of this version: {error}") from error
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llmemb_ray.shards import partitions
 from llmemb_ray.shards.partitions import Partitions
 from llmemb_ray.shards.plan import Plan
 from llmemb_ray.shards.precision import Precision
+from llmemb_ray.shards.records import inside
 from llmemb_ray.shards.run import OWN, Run, read_rows
 from llmemb_ray.shards.schema import raw_values
 from llmemb_ray.storage import Storage, cache_directory
@@ -34,6 +36,8 @@ DIRECTORY = f"{OWN}/reuse"
 RECORD = f"{DIRECTORY}/index.json"
 SHARDS = f"{DIRECTORY}/shards.parquet"
 DELETED = f"{OWN}/deleted.parquet"
+
+_REMEDY = f"delete {DIRECTORY} in the output and start the job again, which makes it anew"
 
 _ENTRY = np.dtype([("hash", "<u8"), ("shard", "<i4"), ("row", "<i4")])
 """First 8 bytes of a prompt's hash, and where its vector stands."""
@@ -86,8 +90,8 @@ def build_index(earlier: Run, output: Storage) -> list[str]:
     try:
         if json.loads(output.read(RECORD))["of"] == identity:
             return []
-    except NotFound:
-        pass
+    except (NotFound, ValueError, TypeError, KeyError, RecursionError):
+        pass  # None there, or none that can be read: it is made anew.
     output.delete_tree(DIRECTORY)
     output.put(SHARDS, parquet.to_bytes(pa.table({"shard": pa.array(earlier.shard_paths, pa.string())})))
     broken: list[str] = []
@@ -127,10 +131,10 @@ class Reuse:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_index": None}
 
-    def copies(self, hashes: pa.ChunkedArray) -> Copies:
-        """The vectors of those prompts that the earlier run has. hashes: column ``prompt_hash`` of N rows."""
+    def copies(self, hashes: pa.ChunkedArray, sign: Callable[[], None] = lambda: None) -> Copies:
+        """The vectors of those prompts that the earlier run has. hashes: column ``prompt_hash`` of N rows; sign: called after each file that was read."""
         if self._index is None:
-            self._index = _Index(self.output)
+            self._index = _Index(self.output, sign)
         digests = partitions.binary_digests(hashes)
         found = np.zeros(len(digests), np.bool_)
         vectors = np.zeros((len(digests), self.precision.dimension), np.float32)
@@ -147,28 +151,30 @@ class Reuse:
             if self.raw:
                 raw = np.zeros((len(digests), values.shape[1]), values.dtype) if raw is None else raw
                 raw[rows[same]] = values[same]
+            sign()
         return Copies(found, vectors, raw)
 
 
 class _Index:
     """The index as it lies on this node's disk, brought there once."""
 
-    def __init__(self, output: Storage) -> None:
+    def __init__(self, output: Storage, sign: Callable[[], None]) -> None:
         from filelock import FileLock
 
         record = output.read(RECORD)
         here = cache_directory("reuse") / hashlib.sha256(record).hexdigest()[:32]
-        names: dict[str, str] = json.loads(record)["partitions"]
+        names = _names(record, output.display(RECORD))
         with FileLock(f"{here}.lock"):
             if not here.is_dir():
                 partial = Path(f"{here}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 for number, name in names.items():
-                    (partial / number).write_bytes(output.read(name))
+                    (partial / str(number)).write_bytes(output.read(name))
+                    sign()
                 partial.rename(here)
-        self._parts: dict[int, npt.NDArray[Any]] = {int(number): np.memmap(here / number, _ENTRY, "r") for number in names}
-        self.shards: list[str] = parquet.read(output.read(SHARDS))["shard"].to_pylist()
+        self._parts: dict[int, npt.NDArray[Any]] = {number: np.memmap(here / str(number), _ENTRY, "r") for number in names}
+        self.shards = _shards(output.read(SHARDS), output.display(SHARDS))
 
     def find(self, digests: partitions.Digests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(shard, row) of each digest by its first 8 bytes; −1 where there is none."""
@@ -184,6 +190,25 @@ class _Index:
             hit = part["hash"][place] == heads
             shards[here[hit]], rows[here[hit]] = part["shard"][place[hit]], part["row"][place[hit]]
         return shards, rows
+
+
+def _names(record: bytes, origin: str) -> dict[int, str]:
+    """The files of an index by the number of their partition. Raises OutputError where the record, ``origin``, is none or names a file elsewhere."""
+    try:
+        names = {int(number): inside(name, origin, remedy=_REMEDY) for number, name in json.loads(record)["partitions"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise OutputError(f"{origin} is no index of an earlier run's vectors: {error}; {_REMEDY}") from error
+    if not names.keys() <= set(range(partitions.COUNT)):
+        raise OutputError(f"{origin} names partitions beyond 0 to {partitions.COUNT - 1}; {_REMEDY}")
+    return names
+
+
+def _shards(data: bytes, origin: str) -> list[str]:
+    """The earlier run's shards by the numbers that an index has for them. Raises OutputError likewise."""
+    try:
+        return [inside(shard, origin, remedy=_REMEDY) for shard in parquet.read(data)["shard"].to_pylist()]
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise OutputError(f"{origin} is no list of an earlier run's shards: {error}; {_REMEDY}") from error
 
 
 def write_deletions(earlier: Run, run: Run) -> int:

@@ -24,7 +24,7 @@ from llmemb_ray import parquet
 from llmemb_ray.corpus import files as corpus_files
 from llmemb_ray.corpus.columns import column, id_values
 from llmemb_ray.corpus.reading import read_units
-from llmemb_ray.errors import LlmembError, NotFound, OutputError, RunFailed
+from llmemb_ray.errors import InputError, LlmembError, NotFound, OutputError, RunFailed
 from llmemb_ray.shards import findings as generic
 from llmemb_ray.shards import schema
 from llmemb_ray.shards.commits import Commit
@@ -287,6 +287,9 @@ def _compare(run: Run, against: list[str], findings: Findings) -> None:
             wanted = frozenset(unit.name for unit in piece.units)
             try:
                 for unit, table in read_units(here, piece, run.plan.selection, access, wanted):
+                    if isinstance(table, InputError):
+                        findings.problem(str(table))
+                        continue
                     _compare_ids(run, commits.get(unit.name), column(table, run.plan.selection.id), findings)
             except LlmembError as error:
                 findings.problem(str(error))

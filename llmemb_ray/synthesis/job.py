@@ -19,7 +19,7 @@ from llmemb_ray.evaluation import contamination
 from llmemb_ray.generation import opening
 from llmemb_ray.generation.generator import Answer, Prompt
 from llmemb_ray.generation.tokens import ModelSpec
-from llmemb_ray.pipeline import planning
+from llmemb_ray.pipeline import metrics, planning
 from llmemb_ray.pipeline.notice import GRACE_SECONDS, Ended, Notice
 from llmemb_ray.pipeline.progress import Counts, Reporter
 from llmemb_ray.representation.space import digest
@@ -253,9 +253,14 @@ class _Job:
             contaminated=self._asked.contaminated,
         )
         failures: dict[str, str] = {}
+        meter = metrics.Meter("synthesize", record.run_key)
 
         def live() -> tuple[int, int, int]:
             rows, tokens, actors = execution.live()
+            meter.standing(
+                units={"planned": counts.units_total, "committed": counts.units, "failed": counts.failed_units},
+                rows={"planned": counts.rows_total, "committed": counts.rows},
+            )
             return rows + before, tokens, actors
 
         with (

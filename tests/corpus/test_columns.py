@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmemb_ray.corpus.bounds import row_bytes
 from llmemb_ray.corpus.columns import Selection, column, filtered, id_values, without_views
 from llmemb_ray.corpus.files import BadFile
 from llmemb_ray.errors import ConfigError
@@ -70,8 +71,26 @@ def test_tables_without_views_can_be_taken_apart_by_rows() -> None:
     nested = {"doc": pa.StructArray.from_arrays([words], ["body"]), "list": pa.ListArray.from_arrays(pa.array([0, 1, 1, 3], pa.int32()), words)}
     table = without_views(pa.table({"text": words, "data": words.cast(pa.binary_view())} | nested))
     assert table.take(pa.array([2])).to_pylist() == [{"text": "three", "data": b"three", "doc": {"body": "three"}, "list": [None, "three"]}]
-    plain = pa.table({"text": ["x"], "kind": pa.array(["x"]).dictionary_encode()})
+    assert without_views(pa.table({"kind": pa.array(["x"]).dictionary_encode()})).schema.field("kind").type == pa.string()
+    plain = pa.table({"text": ["x"], "kind": [["x"]]})
     assert without_views(plain) is plain
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "kind"),
+    [
+        ([["ab", None], ["c"]], 3, pa.list_(pa.list_(pa.string()))),
+        ([["ab", None], ["c"]], 3, pa.list_view(pa.large_list(pa.string_view()))),
+        ([("k", b"vvv")], 4, pa.map_(pa.string(), pa.binary())),
+        ({"a": "xyz", "b": [1, 2], "c": None}, 19, pa.struct([("a", pa.dictionary(pa.int8(), pa.string())), ("b", pa.list_(pa.int64())), ("c", pa.string())])),
+        (["ab", "c"], 3, pa.list_(pa.string(), 2)),
+        ('"ab"', 4, pa.json_()),
+        ("ab", 2, pa.string()),
+    ],
+)
+def test_bytes_of_values_count_all_that_is_in_them(value: Any, size: int, kind: pa.DataType) -> None:
+    values = pa.array([value, None, value, value], kind).slice(1)
+    assert row_bytes(values).tolist() == [0, size, size]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])

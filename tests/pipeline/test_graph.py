@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ import llmemb_ray
 from llmemb_ray.config import EmbedSettings
 from llmemb_ray.errors import ModelError, RunFailed
 from llmemb_ray.pipeline import graph, planning, stalls
+from llmemb_ray.pipeline.ledger import Process
+from llmemb_ray.pipeline.ledger_actor import LedgerActor
+from llmemb_ray.pipeline.metrics import Meter
 from llmemb_ray.pipeline.prepare import Job
 from llmemb_ray.pipeline.shape import shape as shape_of
 from llmemb_ray.shards.run import Run
@@ -115,14 +119,28 @@ def test_a_row_that_hangs_its_engine_is_found_and_rejected(model: Path, tmp_path
         actors="1",
         gpus_per_actor=1,
         compute_dtype="float32",
-        max_attempts=1,
-        stall_timeout=1.5,
+        max_attempts=2,
+        retry_wait=0,
+        stall_timeout=5,
         rows_per_unit=1,
         quiet=True,
     )
     assert (receipt.rows_embedded, receipt.rejects_by_reason) == (1, {"kills_engine": 1})
     (rejected,) = Run(Storage(str(tmp_path / "out"))).rejects()
     assert "no progress for" in rejected["detail"][0].as_py()
+
+
+def test_an_actor_whose_node_is_gone_did_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, bool]] = []
+    monkeypatch.setattr(stalls, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(LedgerActor, "ended", lambda self, stalled, *, killed: told.append((stalled.process.actor, killed)))
+    ledger = LedgerActor(Meter("embed", "key"), 2, 0.0, 2.0)
+    ledger.handle.computing.remote(Process("actor", "0" * 56, 1, 1), "unit")
+    with stalls.ended(ledger):
+        deadline = time.monotonic() + 150
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert set(told) == {("actor", False)}
 
 
 def test_a_file_that_changes_fails_its_units_by_name_and_the_rest_is_committed(

@@ -65,6 +65,8 @@ MADE = Made(unit="u", attempt="a", start=0, rows=2, accepted=1, rejected=1, prom
 ROW = {"step": 3, "loss": 0.5, "score": 0.7, "learning_rate": 1e-5, "gradient_norm": 1.0, "tokens_per_second": 10.0}
 
 
+OF_WORKERS = {"read", "tokenize", "load", "input"}
+
 OURS_OR_ASKED = re.compile(r"(# TYPE )?ray_(llmemb|node|object_store|data_operator)_")
 """Of some two thousand lines of a page."""
 
@@ -108,6 +110,9 @@ class Watched:
     def total(self, name: str, **labels: str) -> float:
         return sum(sample.value for sample in self.exporter.samples(f"ray_{name}", self.run) if labels.items() <= sample.labels.items())
 
+    def phases(self) -> set[str]:
+        return {sample.labels["phase"] for sample in self.exporter.samples("ray_llmemb_seconds_total", self.run)}
+
 
 @pytest.fixture(scope="module")
 def watched(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
@@ -143,6 +148,8 @@ def watched(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
         job = Watched(exporter, receipt)
         exporter.wait_for(lambda: job.total("llmemb_units_committed_total") >= receipt.units, "all commits")
         exporter.wait_for(lambda: job.total("llmemb_batch_seconds_count") >= receipt.units, "what the actor told")
+        exporter.wait_for(lambda: job.total("llmemb_units_prepared_total") >= receipt.units, "what the tasks that prepare units told")
+        exporter.wait_for(lambda: job.phases() >= OF_WORKERS, "where their time went")
         tell_all()
         exporter.wait_for(lambda: all(f"ray_{exported(name)}" in exporter.kinds for name in CATALOGUE), "every metric")
         exporter.wait_for(lambda: "ray_node_mem_total" in exporter.kinds, "the node's own metrics")
@@ -155,6 +162,7 @@ def watched(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
 def tell_all() -> None:
     meter = Meter("embed", "another run")
     meter.committed(COMMIT)
+    meter.standing(units={"planned": 1}, rows={"planned": 3})
     meter.unit_failed()
     meter.unit_retried()
     meter.loaded(restarted=True)
@@ -184,7 +192,7 @@ def test_the_accounts_are_those_of_the_receipt(watched: Watched) -> None:
     assert total("llmemb_shard_bytes_total") == receipt.shard_bytes
     assert total("llmemb_seconds_total", phase="model") == pytest.approx(receipt.seconds_model, abs=1e-3)
     assert total("llmemb_engine_restarts_total") == total("llmemb_units_failed_total") == 0
-    assert {sample.labels["phase"] for sample in watched.exporter.samples("ray_llmemb_seconds_total", watched.run)} >= {"read", "tokenize", "load", "input"}
+    assert watched.phases() >= OF_WORKERS
 
 
 def test_while_it_ran_it_said_where_it_stood(watched: Watched) -> None:
@@ -238,6 +246,20 @@ def test_queries_ask_for_what_is_exported(watched: Watched) -> None:
 def test_every_metric_is_on_the_dashboard() -> None:
     asked = {name for _, query in queries() for name in re.findall(r"ray_(llmemb_\w+)", query)}
     assert {name.removesuffix("_bucket") for name in asked} == CATALOGUE.keys()
+
+
+def test_an_actor_tells_of_its_waiting_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, told = Meter("embed", "key"), []
+    monkeypatch.setattr(meter, "_spent", lambda phase, seconds: told.append((phase, seconds)))
+    started = time.monotonic()
+    time.sleep(0.05)
+    assert meter.waited(), "before any unit came"
+    with meter.call():
+        assert not meter.waited()
+        time.sleep(0.05)
+    assert meter.waited()
+    assert {phase for phase, _ in told} == {"input"}
+    assert 0.05 <= sum(seconds for _, seconds in told) <= time.monotonic() - started - 0.05, "each second once, and none with a unit"
 
 
 def test_without_ray_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
