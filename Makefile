@@ -57,6 +57,7 @@ soak: $(READY)   ## the long proofs, an hour and more; their records go to bench
 	$(BIN)/python benchmarks/finetune.py memory
 	$(BIN)/python benchmarks/finetune.py steps
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/scale.py && $(BIN)/python benchmarks/scale.py --page
 
 docs: $(READY)   ## write docs/reference.md from the commands
 	$(BIN)/python docs/make_reference.py

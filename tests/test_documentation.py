@@ -7,6 +7,7 @@ Ray cluster, so that nothing in them is changed.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -146,3 +147,16 @@ def test_the_anchors_that_a_page_links_to_are_there(page: Path) -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name != "README.md" and f"]({page.relative_to(ROOT)})" not in text] == []
+
+
+def test_the_page_on_scale_is_that_of_its_record() -> None:
+    """And the lines of it that the README shows stand in it."""
+    from benchmarks import scale_text
+
+    record = json.loads((ROOT / "benchmarks" / "records" / "scale.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert page == scale_text.page(record["parts"]), "write it again: python benchmarks/scale.py --page"
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## A billion rows")[2].partition("## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) == 8
+    assert set(shown) <= set(page.splitlines())

@@ -26,7 +26,11 @@ class EmbedSettings(ClusterSettings):
     filter: str | None = setting(None, "SQL condition on the columns; other rows are left out (needs duckdb).", panel="Corpus")
     limit_rows: int | None = setting(None, "Only the first N rows of the corpus.", panel="Corpus", ge=1)
     max_text_bytes: int = setting(
-        MAX_TEXT_BYTES, "A row with a longer text, id or kept value is rejected (too_large) before it takes a worker's memory.", panel="Corpus", ge=1, le=2**30
+        MAX_TEXT_BYTES,
+        "A row whose text, id or kept value (all of a list or struct) is larger is rejected (too_large) before it takes a worker's memory.",
+        panel="Corpus",
+        ge=1,
+        le=2**30,
     )
     skip_bad_files: bool = setting(False, "Leave out files that cannot be read, and name them in the receipt.", panel="Corpus")
     chunk_tokens: int | None = setting(None, "Cut texts into chunks of at most N tokens, at sentence or word borders.", panel="Corpus", ge=1)
@@ -47,9 +51,11 @@ class EmbedSettings(ClusterSettings):
     max_nan: int = setting(0, "Largest number of rows whose vector is not finite for exit code 0.", panel="Output", ge=0)
     rows_per_unit: int | None = setting(None, "Rows in a unit; default: about a minute of one actor, at most 128 MB.", panel="Output", ge=1)
 
-    window_units: int = setting(4000, "Units in one Ray Data execution; bounds what the driver holds.", panel="Cluster", ge=1)
+    window_units: int | None = setting(
+        None, "Units in one Ray Data execution, which bounds what the driver holds; default: 4000, or 200 an actor if that is more.", panel="Cluster", ge=1
+    )
     stall_timeout: float = setting(
-        600.0, "Seconds without progress after which an actor that computes is ended and its unit tried again; loading does not count.", panel="Cluster", gt=0
+        600.0, "Seconds without progress after which an actor that computes is ended and its unit tried again; loading does not count.", panel="Cluster", ge=5
     )
     stop_grace: float = setting(
         100.0, "Seconds that units which are begun may take to be committed after SIGTERM or Ctrl-C; then the job ends without them.", panel="Cluster", ge=0

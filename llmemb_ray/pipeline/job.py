@@ -40,6 +40,12 @@ if TYPE_CHECKING:
 
 FAILURES_SHOWN = 5
 
+WINDOW_UNITS = 4000
+"""Units in one execution of Ray Data, which bounds what the driver holds."""
+
+UNITS_OF_AN_ACTOR = 200
+"""Of them for each actor at least: the next execution loads the models anew."""
+
 CLIPPED = 0.01
 """Share of values clipped from which on a run is warned of; a sample of 2,048 vectors like the corpus leaves out 0.001."""
 
@@ -181,7 +187,7 @@ def _embed_units(
         limits.watching(lambda: execution.live()[2], execution.stop),
         notice.finishing(execution.stop, execution.at_work, grace=settings.stop_grace),
     ):
-        for tasks in windows(plan, done, settings.window_units):
+        for tasks in windows(plan, done, settings.window_units or max(WINDOW_UNITS, UNITS_OF_AN_ACTOR * (shape.most if shape else 1))):
             for unit, commit, error in execution.run(tasks):
                 if commit is not None:
                     meter.committed(commit)

@@ -226,7 +226,7 @@ def _planned(
         text_bytes=text_bytes,
         vector_bytes=chunks * (held + 64),
         flops_per_row=chunks * tokens * spec.model_flops,
-        flops_per_second=GPU_FLOPS if gpu else CPU_FLOPS,
+        flops_per_second=GPU_FLOPS * settings.tensor_parallel if gpu else CPU_FLOPS,
     )
     return replace(known, group_rows=footer.group_rows, rows=footer.rows, rows_per_unit=size)
 

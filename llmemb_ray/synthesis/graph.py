@@ -38,7 +38,7 @@ from llmemb_ray.synthesis.units import Unit, Work, write
 logger = logging.getLogger(__name__)
 
 WINDOW_UNITS = 10_000
-"""Units in one execution of Ray Data, whose driver grows by about 25 kB for each. Models are loaded anew for the next."""
+"""Units in one execution of Ray Data, which bounds what the driver holds. Models are loaded anew for the next."""
 
 
 class Synthesize:
