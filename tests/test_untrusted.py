@@ -353,7 +353,7 @@ def test_an_index_of_vectors_cannot_name_a_file_elsewhere(tmp_path: Path, monkey
     named = {key.format(root=tmp_path): name for key, name in names.items()} if names else names
     output.put(reuse.RECORD, json.dumps({"of": {}, "partitions": named}).encode())
     with pytest.raises(OutputError, match=r"reuse/(index\.json|shards\.parquet) .*start the job again"):
-        reuse._Index(output)
+        reuse._Index(output, lambda: None)
     assert not list(tmp_path.rglob("harm"))
 
 
