@@ -10,7 +10,8 @@
     ├── StorageError       a storage operation that failed for good            exit 1
     │   └── NotFound       … because nothing is there
     ├── RunFailed          a run that ended without all its units              exit 1
-    │   └── RunStopped     … because its deadline or budget was reached
+    │   ├── RunStopped     … because its deadline or budget was reached, or a signal came
+    │   └── ItemsFailed    … because an actor failed or died at some items
     ├── EngineDied         the engine that held a model broke                  exit 1
     ├── RejectsExceeded    a finished run with more rejects than allowed       exit 1
     ├── UnhealthyVectors   more vectors that are not finite than allowed       exit 1
