@@ -308,8 +308,7 @@ column: cores that this job, and all, took).
 Seconds of the processor for a million tokens:
 
 {table(header, rows)}
-{more}{kept}. Here the job got {first["cores_of_this_job"]:.1f} of two cores [{BUSY}], so the share of time says more of the neighbours than of the
-job; what counts is that a
+{more}{kept}. The job, stand-ins and all, got {first["cores_of_this_job"]:.1f} of two cores [{BUSY}]; a
 GPU of {first["tokens_per_s_of_an_actor"]:,} tokens/s took {cores:.2f} cores in all, of which driver, ledger and Ray {control:.2f}: two cores of
 their own would feed {2 / cores:.0f}. Reading and
 tokenising limit it, then encoding and writing, not scheduling, and all of that runs on the workers and grows with them. Readers took
