@@ -30,7 +30,7 @@ from benchmarks.scale_page import (
 from benchmarks.scale_watch import slope
 from llmemb_ray.pipeline.estimates import gpus, text
 from llmemb_ray.pipeline.estimates.estimate import UTILIZATION
-from llmemb_ray.pipeline.job import UNITS_OF_AN_ACTOR, WINDOW_UNITS
+from llmemb_ray.pipeline.job import UNITS_OF_AN_ACTOR, WINDOW_UNITS, window_units
 from llmemb_ray.pipeline.planning import GPU_FLOPS
 
 CHOSEN = "float16"
@@ -327,7 +327,7 @@ def _windows(parts: dict[str, Any], cases: list[Case]) -> str:
     rows = []
     for actors in (8, 64, 512):
         for one in [one for one in cases if one.rows == ROWS[1] and one.tokens == TOKENS[0]]:
-            each = max(WINDOW_UNITS / actors, UNITS_OF_AN_ACTOR) * one.unit_seconds
+            each = window_units(actors) / actors * one.unit_seconds
             rows.append(f"{actors} | {one.name} | {one.unit_seconds:.0f} | {text.duration((each / 3600, each / 3600))} | {_lost(one, each):.0%}")
     return f"""## Windows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -68,26 +68,28 @@ class Crew(Generic[Held]):
                 logger.warning("no actor could start yet; what is free in the cluster: %s", ray.available_resources())
             for reference in done:
                 if reference in self._coming:
-                    self._get(reference, "while it loaded", [], [])
+                    self._get(reference)
                     self._up.append(self._coming.pop(reference))
                 else:
                     number, actor = under_way[reference]
                     given = sorted(other for other, where in under_way.values() if where is actor)  # An answer may die with its actor.
-                    answer = self._get(reference, f"at item {number}", [number], given)
+                    answer = self._get(reference, number, given)
                     del under_way[reference]
                     yield number, answer
 
-    def _get(self, reference: Any, when: str, items: list[int], given: list[int]) -> Any:
-        """items: what a function that raises was at; given: what an actor that dies may have been at."""
+    def _get(self, reference: Any, number: int | None = None, given: Sequence[int] = ()) -> Any:
+        """number: of the item that a function which raises was at, None for loading; given: what an actor that dies may have been at."""
+        loading = "while it loaded"
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, LlmembError):
                 raise error.cause from None
-            raise ItemsFailed(f"an actor failed {when}: {type(error.cause).__name__}: {error.cause}", items) from error
+            at, items = (loading, []) if number is None else (f"at item {number}", [number])
+            raise ItemsFailed(f"an actor failed {at}: {type(error.cause).__name__}: {error.cause}", items) from error
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
-            at = f"with items {', '.join(map(str, given))} given to it" if given else when
+            at = f"with items {', '.join(map(str, given))} given to it" if given else loading
             raise ItemsFailed(f"an actor died {self._attempts} times {at}: {reason}; what was answered stands, the same command continues", given) from error
 
 

@@ -187,7 +187,7 @@ def _embed_units(
         limits.watching(lambda: execution.live()[2], execution.stop),
         notice.finishing(execution.stop, execution.at_work, grace=settings.stop_grace),
     ):
-        for tasks in windows(plan, done, settings.window_units or max(WINDOW_UNITS, UNITS_OF_AN_ACTOR * (shape.most if shape else 1))):
+        for tasks in windows(plan, done, settings.window_units or window_units(shape.most if shape else 1)):
             for unit, commit, error in execution.run(tasks):
                 if commit is not None:
                     meter.committed(commit)
@@ -228,6 +228,11 @@ def _stop_if_broken(not_finite: int, rows: int, max_nan: int) -> None:
             f"{not_finite} of {rows} rows have a vector that is not finite: the model does not work as it is loaded. "
             "Try another compute_dtype (bfloat16 or float32, not float16); what is committed stands, begin anew with overwrite"
         )
+
+
+def window_units(actors: int) -> int:
+    """Units of a window for so many actors, where no setting says otherwise."""
+    return max(WINDOW_UNITS, UNITS_OF_AN_ACTOR * actors)
 
 
 def windows(plan: Plan, done: set[str], size: int) -> Iterator[list[ReadTask]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from llmemb_ray.pipeline.ledger_actor import LedgerActor
 from llmemb_ray.pipeline.metrics import Meter
 from llmemb_ray.pipeline.prepare import Job
 from llmemb_ray.pipeline.shape import shape as shape_of
+from llmemb_ray.shards.receipt import Receipt
 from llmemb_ray.shards.run import Run
 from llmemb_ray.shards.verify import verify
 from llmemb_ray.storage import Storage
@@ -86,21 +88,17 @@ def planning_spec(settings: EmbedSettings) -> object:
     return settle(settings)
 
 
+def embed_by_one_actor(place: Path, model: Path, **settings: Any) -> Receipt:
+    """corpus.parquet into out, both at this place."""
+    shared = {"model": str(model), "actors": "1", "gpus_per_actor": 1, "compute_dtype": "float32", "quiet": True}
+    return llmemb_ray.embed(str(place / "corpus.parquet"), str(place / "out"), **(shared | settings))
+
+
 def test_a_row_that_kills_its_engine_is_found_and_rejected(model: Path, tmp_path: Path) -> None:
     texts = [f"sentence number {row}" for row in range(6)]
     texts[3] = POISON
     pq.write_table(pa.table({"id": [str(row) for row in range(6)], "text": texts}), tmp_path / "corpus.parquet")
-    receipt = llmemb_ray.embed(
-        str(tmp_path / "corpus.parquet"),
-        str(tmp_path / "out"),
-        model=str(model),
-        actors="1",
-        gpus_per_actor=1,
-        compute_dtype="float32",
-        max_attempts=1,
-        rows_per_unit=2,
-        quiet=True,
-    )
+    receipt = embed_by_one_actor(tmp_path, model, max_attempts=1, rows_per_unit=2)
     assert receipt.rejects_by_reason == {"kills_engine": 1}
     assert receipt.rows_embedded == 5
     run = Run(Storage(str(tmp_path / "out")))
@@ -112,19 +110,7 @@ def test_a_row_that_hangs_its_engine_is_found_and_rejected(model: Path, tmp_path
     """The unit after it is waiting in the same actor, and is taken up by the next."""
     monkeypatch.setattr(stalls, "LOOK_SECONDS", 0.5)
     pq.write_table(pa.table({"id": ["0", "1"], "text": [HANGS, "a sentence"]}), tmp_path / "corpus.parquet")
-    receipt = llmemb_ray.embed(
-        str(tmp_path / "corpus.parquet"),
-        str(tmp_path / "out"),
-        model=str(model),
-        actors="1",
-        gpus_per_actor=1,
-        compute_dtype="float32",
-        max_attempts=2,
-        retry_wait=0,
-        stall_timeout=5,
-        rows_per_unit=1,
-        quiet=True,
-    )
+    receipt = embed_by_one_actor(tmp_path, model, max_attempts=2, retry_wait=0, stall_timeout=5, rows_per_unit=1)
     assert (receipt.rows_embedded, receipt.rejects_by_reason) == (1, {"kills_engine": 1})
     (rejected,) = Run(Storage(str(tmp_path / "out"))).rejects()
     assert "no progress for" in rejected["detail"][0].as_py()

@@ -192,6 +192,11 @@ def test_windows_hold_the_missing_units_once_and_about_as_many_as_asked(tmp_path
     assert list(job.windows(plan, set(names), 5)) == []
 
 
+def test_a_window_lasts_however_many_actors_share_it() -> None:
+    """Each window loads the models anew: 200 units for each of 512 actors, not 4,000 in all."""
+    assert [job.window_units(actors) for actors in (1, 20, 21, 512)] == [4000, 4000, 4200, 102_400]
+
+
 def test_a_job_of_many_windows_is_the_same_job(tmp_path: Path, model: Path, corpus: Path) -> None:
     embed(corpus, tmp_path / "one", model, rows_per_unit=10)
     embed(corpus, tmp_path / "many", model, rows_per_unit=10, window_units=1)

@@ -72,6 +72,12 @@ def test_large_models_limit_units_to_about_a_minute(tmp_path: Path, ready: Settl
     assert rows_gpu <= MAX_ROWS
 
 
+def test_an_actor_of_several_gpus_gets_larger_units(tmp_path: Path, ready: Settled) -> None:
+    one, four = (replace(ready, settings=ready.settings.model_copy(update={"backend": "vllm", "tensor_parallel": gpus})) for gpus in (1, 4))
+    rows_one, rows_four = (max(unit.rows for unit in planned(tmp_path, of, 1_200_000, gpu=True, model_flops=1.4e12).units()) for of in (one, four))
+    assert 3.9 * rows_one < rows_four < 4.1 * rows_one
+
+
 def test_small_corpora_are_cut_so_that_every_actor_has_work_to_the_end(tmp_path: Path, ready: Settled) -> None:
     assert sum(1 for _ in planned(tmp_path, ready, 40_000, actors=5).units()) == 5 * planning.UNITS_PER_ACTOR
     assert sum(1 for _ in planned(tmp_path, ready, 200, actors=50).units()) == 1, "not below the least rows worth a unit"
